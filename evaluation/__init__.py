@@ -1,0 +1,1 @@
+"""Measuring: what the system costs and how good its pictures are."""
