@@ -1,0 +1,164 @@
+"""The files around the code: packaging, containers, and what may not be in the repository."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff"}
+# Drawn by our own generator, plots, or the page's own art; any other picture may be a photograph.
+PICTURE_FOLDERS = ("samples/", "docs/", "weights/", "gateway/static/")
+MOST_BYTES = 2_000_000  # for a file outside weights/
+SERVICES = {"transmitter", "channel_sim", "receiver", "gateway"}
+
+
+def _tool(name: str) -> str:
+    """A program that came with the development extra, beside the interpreter or on the path."""
+    beside = Path(sys.executable).with_name(name)
+    found = str(beside) if beside.is_file() else shutil.which(name)
+    if found is None:
+        pytest.skip(f"{name} is not installed")
+    return found
+
+
+def _tracked() -> list[Path]:
+    """The files of the repository; without git (an unpacked archive), there is nothing to ask."""
+    git = shutil.which("git")
+    if git is None or not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    listing = subprocess.run(
+        [git, "-c", f"safe.directory={ROOT}", "ls-files", "-z"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    return [path for name in listing.split("\0") if name and (path := ROOT / name).is_file()]
+
+
+def _canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _names(requirements: Iterable[str]) -> set[str]:
+    found = (re.match(r"[A-Za-z0-9._-]+", requirement) for requirement in requirements)
+    return {_canonical(match.group()) for match in found if match}
+
+
+def _pins() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [line.partition("==") for line in lines if line and not line.startswith("#")]
+    assert all(equals for _, equals, _ in pins), "constraints.txt: every line pins with =="
+    return {_canonical(name): version for name, _, version in pins}
+
+
+def test_every_dependency_is_pinned() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = _names(project["dependencies"])
+    for extra in project["optional-dependencies"].values():
+        wanted |= _names(extra)
+    assert not wanted - set(_pins())
+
+
+def test_pins_are_exact_releases() -> None:
+    for name, version in _pins().items():
+        assert re.fullmatch(r"\d+(\.\d+)*(\.?(post|rc|a|b)\d+)?", version), f"{name}=={version}"
+
+
+def test_first_torch_of_makefile_and_image_is_the_pinned_one() -> None:
+    pin = f"torch=={_pins()['torch']}"
+    for name in ("Makefile", "Dockerfile"):
+        assert pin in (ROOT / name).read_text(), f"{name} does not install {pin}"
+
+
+def test_every_package_is_in_the_distribution() -> None:
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"][
+        "packages"
+    ]
+    there = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests"}
+    assert there <= set(packages)
+
+
+def test_compose_file_follows_the_schema() -> None:
+    checker = _tool("check-jsonschema")
+    done = subprocess.run(
+        [checker, "--builtin-schema", "vendor.compose-spec", "docker-compose.yml"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_compose_file_describes_the_four_services() -> None:
+    yaml = pytest.importorskip("ruamel.yaml").YAML(typ="safe")
+    services = yaml.load((ROOT / "docker-compose.yml").read_text())["services"]
+    assert set(services) == SERVICES
+    for name, service in services.items():
+        assert service["healthcheck"]["test"], f"{name}: no health check"
+        assert service["read_only"] is True, f"{name}: may write to its image"
+        assert service["command"] == ["python", "-m", name]
+        assert ("ports" in service) == (name == "gateway"), f"{name}: only the gateway is reached"
+
+
+def test_dockerfile_is_clean() -> None:
+    done = subprocess.run(
+        [_tool("hadolint"), "--no-fail", "--format", "json", "Dockerfile"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    found = json.loads(done.stdout)
+    assert not found, found
+
+
+def test_image_never_runs_as_root() -> None:
+    instructions = (ROOT / "Dockerfile").read_text().splitlines()
+    users = [line.split()[1] for line in instructions if line.startswith("USER ")]
+    assert users, "Dockerfile has no USER"
+    assert users[-1] not in {"root", "0"}
+
+
+def test_repository_holds_no_photographs_and_no_big_files() -> None:
+    for path in _tracked():
+        name = path.relative_to(ROOT).as_posix()
+        if path.suffix.lower() in PICTURES:
+            assert name.startswith(PICTURE_FOLDERS), f"{name}: whose picture is that?"
+        if not name.startswith("weights/"):
+            assert path.stat().st_size <= MOST_BYTES, f"{name}: {path.stat().st_size} bytes"
+
+
+def test_repository_names_no_machine() -> None:
+    """No one's folders, no package index: both are chosen by whoever installs."""
+    # Put together here so that this file does not find itself.
+    banned = [
+        re.compile("/" + "root/"),
+        re.compile("/" + r"home/\w+/"),
+        re.compile("/" + r"(work|opt)/(shared|main|pypi|wheels)"),
+        re.compile(r"https?://[\w.]*" + r"(pypi\.org|pythonhosted|pytorch\.org/whl)"),
+    ]
+    for path in _tracked():
+        if path.suffix in {".safetensors", *PICTURES}:
+            continue
+        text = path.read_text(encoding="utf-8", errors="replace")
+        for pattern in banned:
+            hit = pattern.search(text)
+            assert hit is None, f"{path.relative_to(ROOT)}: {hit.group() if hit else ''}"
+
+
+def test_no_pickles_among_the_weights() -> None:
+    """Weights are data: loading them must not run code."""
+    files = [path for path in (ROOT / "weights").rglob("*") if path.is_file()]
+    suffixes = {path.suffix for path in files}
+    assert suffixes <= {".safetensors", ".json", ".md", ".png", ".txt"}, suffixes
