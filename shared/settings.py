@@ -1,0 +1,114 @@
+"""Settings of the four processes: one frozen object, read once, in `main`.
+
+Every field can be set in the environment as EDSC_<NAME> (EDSC_TRANSMITTER_PORT=50061), and the
+common ones on the command line of a service (`python -m channel_sim --port 0`), which wins.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final, Literal, get_args
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+ServiceName = Literal["transmitter", "channel", "receiver", "gateway"]
+SERVICE_NAMES: Final[tuple[ServiceName, ...]] = get_args(ServiceName)
+
+MIB: Final = 2**20
+
+
+class Settings(BaseSettings):
+    """What the operator may choose. Immutable; raises pydantic's ValidationError out of range."""
+
+    model_config = SettingsConfigDict(env_prefix="EDSC_", frozen=True, extra="ignore")
+
+    host: str = Field("127.0.0.1", description="address to bind; 0.0.0.0 in a container")
+    transmitter_port: int = Field(50051, ge=0, le=65535, description="0: any free port")
+    channel_port: int = Field(50052, ge=0, le=65535)
+    receiver_port: int = Field(50053, ge=0, le=65535)
+    gateway_port: int = Field(8000, ge=0, le=65535)
+    metrics_port: int | None = Field(
+        None, ge=0, le=65535, description="HTTP port of a service's Prometheus metrics; unset: none"
+    )
+
+    transmitter_target: str = Field(
+        "", description='gRPC target, e.g. "dns:///transmitter:50051"; empty: this machine'
+    )
+    channel_target: str = ""
+    receiver_target: str = ""
+
+    weights: Path | None = Field(None, description="bundle folder; unset: the shipped one")
+    device: str = Field("cpu", description='torch device: "cpu", "cuda", "cuda:1", "auto"')
+    threads: int = Field(0, ge=0, le=256, description="threads per inference; 0: torch's choice")
+
+    queue_size: int = Field(
+        16, ge=0, le=4096, description="requests waiting, beside the one served"
+    )
+    default_deadline_s: float = Field(
+        60.0, gt=0, le=3600, description="limit on a call, also on one that asks for more time"
+    )
+    drain_s: float = Field(10.0, ge=0, le=600, description="time for calls under way after SIGTERM")
+    max_message_mib: int = Field(24, ge=1, le=512, description="largest gRPC message, MiB")
+    max_image_mib: int = Field(20, ge=1, le=256, description="largest photo, MiB")
+    max_sentence: int = Field(2000, ge=1, description="longest sentence, characters")
+    max_samples: int = Field(
+        2**20, ge=1, description="most complex samples in a frame: messages x uses"
+    )
+
+    tls_certificate: Path | None = Field(None, description="PEM chain; with tls_key: serve TLS")
+    tls_key: Path | None = None
+    tls_ca: Path | None = Field(
+        None, description="PEM: clients check servers against it, servers their clients (mTLS)"
+    )
+
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    def port(self, service: ServiceName) -> int:
+        """Port that `service` binds."""
+        ports: dict[ServiceName, int] = {
+            "transmitter": self.transmitter_port,
+            "channel": self.channel_port,
+            "receiver": self.receiver_port,
+            "gateway": self.gateway_port,
+        }
+        return ports[service]
+
+    def target(self, service: Literal["transmitter", "channel", "receiver"]) -> str:
+        """gRPC target at which the gateway finds `service`."""
+        chosen = {
+            "transmitter": self.transmitter_target,
+            "channel": self.channel_target,
+            "receiver": self.receiver_target,
+        }[service]
+        # 0.0.0.0 and :: are addresses to bind, none to call.
+        host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
+        return chosen or f"{host}:{self.port(service)}"
+
+
+def settings_from_flags(service: ServiceName, argv: Sequence[str] | None = None) -> Settings:
+    """Settings of a service process: flags over environment over defaults.
+
+    Exits with status 2 and a usage line on a flag or a value that does not exist.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {'channel_sim' if service == 'channel' else service}",
+        description=f"The {service} of Editable-DeepSC. Every setting also reads EDSC_<NAME>.",
+    )
+    parser.add_argument("--host", help="address to bind (127.0.0.1)")
+    parser.add_argument("--port", type=int, help="port to bind; 0: any free one, printed")
+    parser.add_argument("--metrics-port", type=int, help="HTTP port of the Prometheus metrics")
+    parser.add_argument("--weights", type=Path, help="bundle folder")
+    parser.add_argument("--device", help='"cpu" (default), "cuda", "auto"')
+    parser.add_argument("--threads", type=int, help="threads per inference; 0: torch's choice")
+    parser.add_argument("--queue-size", type=int, help="requests that may wait (16)")
+    parser.add_argument("--drain-s", type=float, help="seconds for calls under way after SIGTERM")
+    parser.add_argument("--log-level", choices=["debug", "info", "warning", "error"])
+    flags = vars(parser.parse_args(argv))
+    given: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
+    if "port" in given:
+        given[f"{service}_port"] = given.pop("port")
+    try:
+        return Settings(**given)
+    except ValueError as error:
+        parser.error(str(error))
