@@ -1,0 +1,1 @@
+"""Symbols in, faded and noisy symbols out: the air between transmitter and receiver."""

@@ -1,0 +1,1 @@
+"""Received symbols in, photograph out."""
