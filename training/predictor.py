@@ -1,0 +1,234 @@
+"""Recipe: the attribute predictor P, from CelebA's labels (or CelebA-Dialog's degrees where there are some).
+
+    faces -> augmented (shifted, recoloured, softened, noisy) -> trunk -> five scores  -> cumulative logits: level of evidence
+                                                                  \\---> all 40 labels -> binary cross-entropy
+
+The labels beside the five make the features rich enough to serve as the perceptual distance, and act as a
+regulariser. At the end the scores of the training faces, half of them softened, are cut into six degrees
+(`training.degrees`), batch normalisation is folded, and the net is written to the bundle.
+
+Put CelebA-Dialog's annotation at `data/celeba128/celeba_dialog.txt` to train with its degrees instead.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shared.attributes import ATTRIBUTES, MAX_DEGREE
+from shared.bundle import write_net
+from training.augment import augment, resample
+from training.data import FaceSet, load_faces
+from training.degrees import LEVELS, QUANTILES, auc, cut_points, levels
+from training.run import Run, RunOptions
+from transmitter.predictor import Predictor, PredictorConfig, read_celeba_dialog
+
+NAME = "predictor"
+DIALOG_FILE = "celeba_dialog.txt"
+
+
+@dataclass(frozen=True)
+class PredictorRecipe:
+    """Lengths and rates. `length` steps of `batch` faces: about 8 epochs, 8 minutes on two CPU cores."""
+
+    length: int = 1800
+    batch: int = 64
+    learning_rate: float = 2e-3
+    warm_up: int = 100
+    weight_decay: float = 0.05
+    label_weight: float = 2.0
+    checkpoint_minutes: float = 3.0
+    report_steps: int = 100
+    calibration_faces: int = 6000
+
+
+class Thresholds(nn.Module):
+    """Increasing thresholds [5,5] of the cumulative-link model; attribute a uses the first `tops[a]` of them."""
+
+    used: Tensor
+
+    def __init__(self, tops: tuple[int, ...]) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.zeros(len(ATTRIBUTES)))
+        self.gaps = nn.Parameter(torch.ones(len(ATTRIBUTES), MAX_DEGREE - 1))
+        used = torch.arange(MAX_DEGREE) < torch.tensor(tops)[:, None]
+        self.register_buffer("used", used)
+
+    def forward(self) -> Tensor:
+        return torch.cat(
+            [self.first[:, None], self.first[:, None] + F.softplus(self.gaps).cumsum(1)], dim=1
+        )
+
+    def loss(self, scores: Tensor, level: Tensor) -> Tensor:
+        """-log likelihood of "level > k" for every used threshold k; scores, level [B,5] -> scalar."""
+        logits = scores[..., None] - self()  # [B, 5, 5]
+        above = (level[..., None] > torch.arange(MAX_DEGREE, device=level.device)).float()
+        each = F.binary_cross_entropy_with_logits(logits, above, reduction="none")
+        return (each * self.used).sum(-1).mean()
+
+
+def targets(faces: FaceSet, options: RunOptions) -> tuple[Tensor, tuple[int, ...], str]:
+    """Levels [N,5], the highest level of each attribute, and where they come from, in words."""
+    path = options.data / "celeba128" / DIALOG_FILE
+    if path.is_file():
+        known = read_celeba_dialog(path)
+        missing = [name for name in faces.names if name not in known]
+        if missing:
+            raise ValueError(
+                f"{path} lacks {len(missing)} of {len(faces)} faces, first {missing[0]}"
+            )
+        rows = torch.tensor([known[name] for name in faces.names])
+        return rows, (MAX_DEGREE,) * len(ATTRIBUTES), "CelebA-Dialog degrees"
+    return levels(faces.label), LEVELS, "ordered evidence from CelebA's binary labels"
+
+
+def train(options: RunOptions, *, net: str = NAME, recipe: PredictorRecipe | None = None) -> None:
+    """Train P and write it to `options.bundle` as `net`; resumes exactly. A judge is another `net` and seed."""
+    recipe = PredictorRecipe() if recipe is None else recipe
+    with Run(net, options) as run:
+        state = run.restore()
+        faces, held_out = load_faces(options.data, "train"), load_faces(options.data, "val")
+        level, tops, source = targets(faces, options)
+        labels = (faces.labels > 0).float()  # [N, 40]
+
+        config = PredictorConfig(auxiliary=faces.label_names, batch_norm=True)
+        model = Predictor(config).to(run.device).channels_last()
+        thresholds = Thresholds(tops).to(run.device)
+        parameters = [*model.parameters(), *thresholds.parameters()]
+        optimizer = torch.optim.AdamW(
+            parameters, recipe.learning_rate, (0.9, 0.98), weight_decay=recipe.weight_decay
+        )
+        if state is not None:
+            model.load_state_dict(state["model"])
+            thresholds.load_state_dict(state["thresholds"])
+            optimizer.load_state_dict(state["optimizer"])
+
+        def save() -> None:
+            run.save(
+                {
+                    "model": model.state_dict(),
+                    "thresholds": thresholds.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                }
+            )
+            shipped = calibrate(model, thresholds, faces, recipe, dialog=tops[0] == MAX_DEGREE)
+            scores = validate(shipped, held_out, options)
+            run.record(**scores)
+            write_net(
+                options.bundle,
+                net,
+                config={
+                    **shipped.config.to_json(),
+                    "degrees": source,
+                    "levels": list(tops),
+                    "quantiles": [list(q) for q in QUANTILES],
+                },
+                tensors=shipped.state_dict(),
+                provenance=run.provenance(recipe="training/predictor.py", validation=scores),
+            )
+
+        total = 0.0
+        while run.step < recipe.length and not run.stopping:
+            spent = 0.0 if options.minutes is None else run.minutes_here / options.minutes
+            rate = learning_rate(recipe, run.step, spent)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            # Seeded by the step, so that a resumed run draws what an unbroken one would have.
+            generator = torch.Generator().manual_seed(options.seed * 1_000_003 + run.step)
+            index = torch.randint(len(faces), (recipe.batch,), generator=generator)
+            image = augment(faces.batch(index).to(run.device), generator)
+            model.train()
+            with torch.autocast(run.device.type, torch.bfloat16):
+                last = model.features(image)[-1]
+            flat = last.float().flatten(1)
+            scores, evidence = model.heads(flat)
+            loss = thresholds.loss(scores, level[index].to(run.device))
+            loss = loss + recipe.label_weight * F.binary_cross_entropy_with_logits(
+                evidence, labels[index].to(run.device)
+            )
+            optimizer.zero_grad(set_to_none=True)
+            torch.autograd.backward(loss)
+            nn.utils.clip_grad_norm_(parameters, 2.0)
+            optimizer.step()
+            run.step += 1
+            run.images += recipe.batch
+            total += float(loss.detach())
+            if run.step % recipe.report_steps == 0:
+                run.record(loss=total / recipe.report_steps, learning_rate=rate)
+                total = 0.0
+            if run.due("checkpoint", recipe.checkpoint_minutes):
+                save()
+        save()
+
+
+def learning_rate(recipe: PredictorRecipe, step: int, spent: float) -> float:
+    """Warm-up, then a cosine to zero at the end of the recipe or of the time given, whichever is nearer."""
+    progress = min(1.0, max(step / recipe.length, spent))
+    ramp = min(1.0, (step + 1) / recipe.warm_up)
+    return recipe.learning_rate * ramp * (0.5 + 0.5 * math.cos(math.pi * progress)) + 1e-6
+
+
+@torch.no_grad()
+def score_all(model: Predictor, images: Tensor) -> Tensor:
+    """Scores [N,5] of pictures [N,3,H,W] in [-1,1], 64 at a time."""
+    device = model.cuts.device
+    return torch.cat([model.scores(part.to(device)).cpu() for part in torch.split(images, 64)])
+
+
+def calibrate(
+    model: Predictor,
+    thresholds: Thresholds,
+    faces: FaceSet,
+    recipe: PredictorRecipe,
+    *,
+    dialog: bool,
+) -> Predictor:
+    """The net to ship: normalisation folded, `cuts` set on training faces, every second one softened."""
+    shipped = model.fold().channels_last()
+    if dialog:  # true degrees: the learnt thresholds are the cut points
+        cuts = thresholds().detach()
+    else:
+        stride = max(1, len(faces) // recipe.calibration_faces)
+        index = torch.arange(0, len(faces), stride)
+        parts = []
+        for number, part in enumerate(torch.split(index, 64)):
+            images = faces.batch(part)
+            parts.append(score_all(shipped, images if number % 2 else resample(images, 56)))
+        cuts = cut_points(torch.cat(parts), thresholds()[:, 0].detach())
+    shipped.cuts.copy_(cuts)
+    return shipped
+
+
+def validate(model: Predictor, faces: FaceSet, options: RunOptions) -> dict[str, Any]:
+    """On faces of unseen people: AUC of "shows it at all" and "shows most of it", sharp and softened; accuracy
+    at the cut between degrees 0 and 1; rank agreement of degrees with levels (share of ordered pairs)."""
+    level, tops, _ = targets(faces, options)
+    images = faces.batch(torch.arange(len(faces)))
+    sharp, soft = score_all(model, images), score_all(model, resample(images, 48))
+    degrees = model.score_degrees(sharp.to(model.cuts.device)).cpu()
+    result: dict[str, Any] = {}
+    for index, attribute in enumerate(ATTRIBUTES):
+        # Age's first level (bags under young eyes) is weak evidence; "not Young" is what CelebA asked.
+        least = 2 if attribute == "age" and tops == LEVELS else 1
+        some = level[:, index] >= least
+        result[f"auc_{attribute}"] = auc(sharp[:, index], some)
+        result[f"auc_{attribute}_soft"] = auc(soft[:, index], some)
+        if attribute != "age":
+            result[f"accuracy_{attribute}"] = float(
+                ((degrees[:, index] > 0) == some).float().mean()
+            )
+        result[f"ordered_{attribute}"] = ordered_pairs(sharp[:, index], level[:, index])
+    return {k: (round(v, 4) if math.isfinite(v) else -1.0) for k, v in result.items()}
+
+
+def ordered_pairs(score: Tensor, level: Tensor) -> float:
+    """Share of the pairs with different levels whose scores are in the same order; nan without such a pair."""
+    higher = level[:, None] > level[None, :]
+    pairs = int(higher.sum())
+    agree = int((higher & (score[:, None] > score[None, :])).sum())
+    return agree / pairs if pairs else float("nan")
