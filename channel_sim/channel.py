@@ -1,14 +1,16 @@
 """The channel: y = h x + n, one differentiable function for training, evaluation and the service.
 
-                 snr_db ----> N0 = 10^(-snr_db / 10)
+                 snr_db ---> N0 = 10^(-snr_db / 10)
                                |
-    x [B, n] ------(x)--------(+)------> y [B, n] -----------------.
-                    |          |                                    |
-                    |     n ~ CN(0, N0)                             |
-    draw_fading --> h                                               +--> Reception(y, h | pilots, N0)
-                    |     n ~ CN(0, N0)                             |
-                    |          |                                    |
-    pilots 1 ------(x)--------(+)------> p [B, P] (estimated CSI) --'
+                          n ~ CN(0, N0)
+                               |
+    x [B, n] ------(x)--------(+)------> y [B, n] ------------------.
+                    |                                               |
+    draw_fading --> h                                               +--> Reception
+                    |                                               |
+    ones [B, P] ---(x)--------(+)------> pilots [B, P] -------------'
+                               |         (estimated CSI; h itself otherwise)
+                          n ~ CN(0, N0)
 
 The symbols are expected at unit power per message (`shared.symbols.normalise_power`); the channel
 does not scale them, for what it repaired the transmitter would not have paid for.

@@ -1,0 +1,336 @@
+"""SNR adapters: a latent of 512 reals as 256 symbols, and back; one pair serves every SNR.
+
+    w --> s = A (w - mean) --> a(N0) s + R_enc(s, SNR) --> pair, unit power --> x
+                                                                                |
+    w_hat <-- mean + S s_hat <-- LMMSE(r) + R_dec(r, SNR) <-- unpair, r <-- x_hat
+
+The linear part is a closed form. A turns the latent into uncorrelated components of variance
+lambda_i; water-filling gives component i the power p_i that minimises what the best linear receiver
+leaves (Lee and Petersen, "Optimal linear coding for vector channels", 1976):
+
+    D = sum_i lambda_i N0 / (p_i + N0),    p_i = max(0, mu sqrt(lambda_i) - N0),    sum_i p_i = k
+
+Untrained, lambda = 1 and A = S = I: the latent is sent as it is and shrunk by 1 / (1 + N0), which is
+the posterior mean of unit-variance components. `LinearCode.fit` replaces that by the principal
+axes of real latents. The residuals R are the paper's adapters, four Linear(k, k) with LeakyReLU;
+their last layer starts at zero, so training begins at the closed form and can only leave it for
+something better. They are modulated by the SNR (FiLM), or there is one of them per SNR class.
+
+The decoder's output is the posterior mean. Its norm is smaller than the latent's on purpose: the
+synthesis network is trained on such latents. No scalar of the message crosses beside the symbols.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from shared.bundle import Bundle
+from shared.errors import InvalidRequest
+from shared.symbols import (
+    check_snr_db,
+    normalise_power,
+    snr_db_to_noise_variance,
+    to_complex,
+    to_real,
+)
+
+PAPER_SNRS_DB = (-6.0, 0.0, 6.0, 12.0, 18.0)
+NET = "adapters"
+NET_PER_SNR = "adapters_per_snr"
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """latent: k reals, so k / 2 symbols. layers: Linear(k, k) per residual.
+
+    snr_low_db, snr_high_db: the range the modulation tells apart; beyond it only the closed form
+    follows the SNR. classes_db: SNR classes with a residual each (the paper: -6, 0, 6, 12, 18);
+    empty for one residual modulated by the SNR.
+    """
+
+    latent: int = 512
+    layers: int = 4
+    snr_low_db: float = -10.0
+    snr_high_db: float = 20.0
+    snr_features: int = 8
+    classes_db: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.latent < 2 or self.latent % 2 or self.layers < 2:
+            raise InvalidRequest(
+                f"got latent={self.latent}, layers={self.layers}; "
+                "expected an even latent and at least 2 layers"
+            )
+        # JSON knows no tuples; a config read back from a bundle equals the one that was written.
+        object.__setattr__(self, "classes_db", tuple(float(snr) for snr in self.classes_db))
+
+    @classmethod
+    def parse(cls, config: Mapping[str, Any]) -> "AdapterConfig":
+        """Read what `dump` wrote."""
+        return cls(**config)
+
+    def dump(self) -> dict[str, Any]:
+        """Plain values, for `bundle.json`."""
+        return {**asdict(self), "classes_db": list(self.classes_db)}
+
+
+@dataclass(frozen=True)
+class LinearCode:
+    """The closed form: w = mean + S s, s = A (w - mean), Var s_i = spectrum_i, largest first.
+
+    mean [k], analysis A [k, k], synthesis S = A^-1 [k, k], spectrum [k].
+    """
+
+    mean: Tensor
+    analysis: Tensor
+    synthesis: Tensor
+    spectrum: Tensor
+
+    @classmethod
+    def identity(cls, latent: int) -> "LinearCode":
+        """White latents of zero mean: nothing to turn, nothing to favour."""
+        eye = torch.eye(latent)
+        return cls(torch.zeros(latent), eye, eye.clone(), torch.ones(latent))
+
+    @classmethod
+    def fit(cls, latents: Tensor, metric: Tensor | None = None) -> "LinearCode":
+        """Principal components of latents [N, k], for the distortion e^T M e.
+
+        metric: M [k, k], symmetric positive definite: how much the picture changes along each
+        direction of the latent; the identity (plain mean squared error) when None.
+        With C the covariance and M^1/2 C M^1/2 = V diag(lambda) V^T: A = V^T M^1/2, S = M^-1/2 V.
+        """
+        if latents.ndim != 2 or latents.shape[0] < 2:
+            raise InvalidRequest(f"latents have shape {list(latents.shape)}; expected [N > 1, k]")
+        data = latents.double()
+        mean = data.mean(dim=0)
+        covariance = (data - mean).T @ (data - mean) / (data.shape[0] - 1)  # [k, k]
+        root = inverse_root = torch.eye(data.shape[1], dtype=torch.float64, device=data.device)
+        if metric is not None:
+            scale, axes = torch.linalg.eigh(metric.double())
+            scale = scale / scale.mean()
+            if float(scale.min()) <= 0:
+                raise InvalidRequest("the metric is singular; expected a positive definite matrix")
+            root = axes * scale.sqrt() @ axes.T
+            inverse_root = axes * scale.rsqrt() @ axes.T
+        spectrum, basis = torch.linalg.eigh(root @ covariance @ root)
+        spectrum, basis = spectrum.flip(0), basis.flip(1)  # largest first
+        # Fewer latents than dimensions leave zeros; a floor keeps every component decodable.
+        spectrum = spectrum.clamp_min(1e-3 * float(spectrum.mean()))
+        return cls(
+            mean.float(),
+            (basis.T @ root).float(),
+            (inverse_root @ basis).float(),
+            spectrum.float(),
+        )
+
+    def distortion(self, noise_variance: float) -> float:
+        """D / sum lambda: the share of the variance that the linear code leaves, 0..1."""
+        noise = torch.tensor([noise_variance], device=self.spectrum.device)
+        power = water_fill(self.spectrum, noise)[0]
+        left = (self.spectrum * noise_variance / (power + noise_variance)).sum()
+        return float(left / self.spectrum.sum())
+
+
+def water_fill(spectrum: Tensor, noise_variance: Tensor) -> Tensor:
+    """Powers p [B, k] with sum_i p_i = k that minimise sum_i lambda_i N0 / (p_i + N0).
+
+    spectrum: lambda [k], largest first. noise_variance: N0 [B]; power 1 and noise N0 per real
+    component are the same ratio as P = 1 and N0 per complex symbol.
+    """
+    root = spectrum.sqrt()  # [k]
+    noise = noise_variance.unsqueeze(1)  # [B, 1]
+    count = torch.arange(1, len(root) + 1, device=root.device)
+    # The water level if exactly the m strongest components got power, for every m at once.
+    level = (len(root) + count * noise) / root.cumsum(0)  # [B, k]
+    active = (level * root > noise).sum(dim=1, keepdim=True).clamp_min(1)  # [B, 1]
+    mu = level.gather(1, active - 1)  # [B, 1]
+    return (mu * root - noise).clamp_min(0)
+
+
+class _Residual(nn.Module):
+    """Linear(k, k) x layers with LeakyReLU .2, scaled and shifted by the SNR; zero at the start."""
+
+    centres: Tensor
+
+    def __init__(self, config: AdapterConfig, snrs: int) -> None:
+        super().__init__()
+        k, self.layers = config.latent, config.layers
+        self.linears = nn.ModuleList([nn.Linear(k, k) for _ in range(config.layers)])
+        nn.init.zeros_(self.linears[-1].weight)
+        nn.init.zeros_(self.linears[-1].bias)
+        self.film: nn.Sequential | None = None
+        if snrs:
+            last = nn.Linear(64, 2 * k * (config.layers - 1))
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+            self.film = nn.Sequential(nn.Linear(snrs * config.snr_features, 64), nn.SiLU(), last)
+            centres = torch.linspace(config.snr_low_db, config.snr_high_db, config.snr_features)
+            self.register_buffer("centres", centres, persistent=False)
+
+    def forward(self, s: Tensor, snrs_db: Tensor) -> Tensor:
+        """s [B, k], snrs_db [B, snrs] -> [B, k]."""
+        scales: tuple[Tensor, ...] = ()
+        if self.film is not None:
+            scales = self.film(self._features(snrs_db)).chunk(2 * (self.layers - 1), dim=1)
+        for number, linear in enumerate(self.linears):
+            s = linear(s)
+            if number == self.layers - 1:
+                break
+            if scales:
+                s = s * (1 + scales[2 * number]) + scales[2 * number + 1]
+            s = F.leaky_relu(s, 0.2)
+        return s
+
+    def _features(self, snrs_db: Tensor) -> Tensor:
+        """Overlapping bumps over the SNR range: [B, snrs] dB -> [B, snrs x features]."""
+        low, high = self.centres[0], self.centres[-1]
+        step = (high - low) / (len(self.centres) - 1)
+        inside = torch.minimum(torch.maximum(snrs_db, low), high).unsqueeze(2)
+        return torch.exp(-0.5 * ((inside - self.centres) / step).square()).flatten(1)
+
+
+class _Residuals(nn.Module):
+    """One modulated residual, or one per SNR class and the nearest class is used."""
+
+    classes: Tensor
+
+    def __init__(self, config: AdapterConfig, snrs: int) -> None:
+        super().__init__()
+        several = len(config.classes_db)
+        self.banks = nn.ModuleList(
+            [_Residual(config, 0 if several else snrs) for _ in range(max(1, several))]
+        )
+        self.register_buffer("classes", torch.tensor(config.classes_db), persistent=False)
+
+    def forward(self, s: Tensor, snrs_db: Tensor) -> Tensor:
+        """The first column of snrs_db [B, snrs] decides the class: both ends know that one."""
+        if len(self.banks) == 1:
+            only: Tensor = self.banks[0](s, snrs_db)
+            return only
+        nearest = (snrs_db[:, :1] - self.classes).abs().argmin(dim=1)  # [B]
+        out = torch.zeros_like(s)
+        for number, bank in enumerate(self.banks):
+            chosen = (nearest == number).nonzero().squeeze(1)
+            if len(chosen):
+                out = out.index_copy(0, chosen, bank(s[chosen], snrs_db[chosen]))
+        return out
+
+
+class ChannelEncoder(nn.Module):
+    """Channel encoder adapter A_CE: latent -> symbols."""
+
+    mean: Tensor
+    analysis: Tensor
+    spectrum: Tensor
+
+    def __init__(self, config: AdapterConfig | None = None, code: LinearCode | None = None) -> None:
+        super().__init__()
+        self.config = config or AdapterConfig()
+        code = code or LinearCode.identity(self.config.latent)
+        self.register_buffer("mean", code.mean)
+        self.register_buffer("analysis", code.analysis)
+        self.register_buffer("spectrum", code.spectrum)
+        self.residual = _Residuals(self.config, snrs=1)
+
+    @classmethod
+    def from_bundle(cls, bundle: Bundle, net: str = NET) -> "ChannelEncoder":
+        """The bundle's encoder; see `Adapters.from_bundle`."""
+        return Adapters.from_bundle(bundle, net).encoder
+
+    def forward(self, w: Tensor, snr_db: float | Tensor) -> Tensor:
+        """w [B, k] (zero mean, |w|^2 = k), snr_db (average, -20..40 dB, a number or [B])
+        -> x [B, k/2] complex64, (1/n) sum |x_i|^2 = 1 for every message.
+
+        Raises InvalidRequest for another shape, an SNR out of range or a latent without direction.
+        """
+        _check_matrix("latent", w, self.config.latent)
+        check_snr_db(snr_db)
+        snr = _per_message(snr_db, w)  # [B]
+        power = water_fill(self.spectrum, snr_db_to_noise_variance(snr))  # [B, k]
+        white = (w - self.mean) @ self.analysis.T / self.spectrum.sqrt()  # [B, k], unit variance
+        sent = white * power.sqrt() + self.residual(white, snr.unsqueeze(1))
+        return normalise_power(to_complex(sent))  # [B, k/2]
+
+
+class ChannelDecoder(nn.Module):
+    """Channel decoder adapter A_CD: equalised symbols -> posterior-mean latent."""
+
+    mean: Tensor
+    synthesis: Tensor
+    spectrum: Tensor
+
+    def __init__(self, config: AdapterConfig | None = None, code: LinearCode | None = None) -> None:
+        super().__init__()
+        self.config = config or AdapterConfig()
+        code = code or LinearCode.identity(self.config.latent)
+        self.register_buffer("mean", code.mean.clone())
+        self.register_buffer("synthesis", code.synthesis)
+        self.register_buffer("spectrum", code.spectrum.clone())
+        self.residual = _Residuals(self.config, snrs=2)
+
+    @classmethod
+    def from_bundle(cls, bundle: Bundle, net: str = NET) -> "ChannelDecoder":
+        """The bundle's decoder; see `Adapters.from_bundle`."""
+        return Adapters.from_bundle(bundle, net).decoder
+
+    def forward(
+        self, x_hat: Tensor, snr_db: float | Tensor, sent_snr_db: float | Tensor | None = None
+    ) -> Tensor:
+        """x_hat [B, k/2] complex64, equalised to gain one -> w_hat [B, k].
+
+        snr_db: SNR after equalisation, any finite value (a deep fade may go below -20 dB).
+        sent_snr_db: the average SNR that the encoder coded for, 10 log10(1 / N0); both ends know
+            it. The same as snr_db when None, which is right without fading.
+        """
+        if not x_hat.is_complex():
+            raise InvalidRequest(f"symbols are {x_hat.dtype}; expected complex64")
+        _check_matrix("message", x_hat, self.config.latent // 2)
+        received = math.sqrt(2) * to_real(x_hat)  # [B, k], unit power per real component
+        snr = _per_message(snr_db, received)  # [B]
+        sent = snr if sent_snr_db is None else _per_message(sent_snr_db, received)
+        power = water_fill(self.spectrum, snr_db_to_noise_variance(sent))  # [B, k]
+        noise = snr_db_to_noise_variance(snr).unsqueeze(1)  # [B, 1]
+        white = received * power.sqrt() / (power + noise)  # E[s | r] for unit variance
+        # 1 / sqrt(1 + N0) brings whatever was received to unit variance for the network.
+        seen = received / (1 + noise).sqrt()
+        white = white + self.residual(seen, torch.stack((sent, snr), dim=1))
+        return self.mean + (white * self.spectrum.sqrt()) @ self.synthesis.T  # [B, k]
+
+
+class Adapters(nn.Module):
+    """Both ends, for training and for the bundle, which holds them as one net."""
+
+    def __init__(self, config: AdapterConfig | None = None, code: LinearCode | None = None) -> None:
+        super().__init__()
+        self.config = config or AdapterConfig()
+        self.encoder = ChannelEncoder(self.config, code)
+        self.decoder = ChannelDecoder(self.config, code)
+
+    @classmethod
+    def from_bundle(cls, bundle: Bundle, net: str = NET) -> "Adapters":
+        """The bundle's trained adapters; the untrained ones, which are a working code, where the
+        bundle has no such net. Frozen, in evaluation mode."""
+        if not bundle.has(net):
+            return cls().eval().requires_grad_(False)
+        return bundle.load_into(net, cls(AdapterConfig.parse(bundle.config(net))))
+
+
+def _check_matrix(name: str, x: Tensor, columns: int) -> None:
+    if x.ndim != 2 or x.shape[1] != columns:
+        raise InvalidRequest(f"{name} has shape {list(x.shape)}; expected [B, {columns}]")
+
+
+def _per_message(value: float | Tensor, like: Tensor) -> Tensor:
+    """One float32 number per row of `like`: [B]."""
+    numbers = torch.as_tensor(value, dtype=torch.float32, device=like.device)
+    if numbers.ndim > 1 or (numbers.ndim == 1 and numbers.shape[0] != like.shape[0]):
+        raise InvalidRequest(
+            f"snr_db has shape {list(numbers.shape)}; expected one number or [{like.shape[0]}]"
+        )
+    return numbers.expand(like.shape[0])
