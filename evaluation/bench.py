@@ -1,0 +1,274 @@
+"""`make bench`: what one edit costs through the four processes, and what the processes weigh.
+
+Starts the four processes, sends one edit at a time over REST (latency is measured, not load) and
+prints, for each quality:
+
+    p50, p95     milliseconds from the first byte of the upload to the last byte of the answer, as
+                 the client sees them
+    hops         the part of it that is nobody's computing: the client's HTTP, the gateway and the
+                 three gRPC hops; the client's time less the stages that the services report
+    stages       medians of those stages
+
+and the resident memory of each process after all edits. Warm-up edits come first and do not count.
+A failed edit is counted and shown, never left out in silence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Final
+
+import httpx
+from rich.console import Console
+from rich.table import Table
+
+ROOT: Final = Path(__file__).resolve().parent.parent
+SENTENCES: Final = (
+    "make the smile bigger",
+    "give this person a fuller beard",
+    "add eyeglasses",
+    "make the bangs longer",
+    "make this person look older",
+)
+# Entries of timings_ms that are not computing: waiting, what is left over, and the sum.
+NOT_STAGES: Final = frozenset({"queue", "overhead", "total"})
+# Milliseconds at p50 on two CPU cores; `paper` is reported without one.
+GOALS_MS: Final[Mapping[str, float]] = {"fast": 700.0, "balanced": 2000.0}
+HOPS_GOAL_MS: Final = 15.0
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What to measure.
+
+    edits: counted edits of `fast` and `balanced`; paper_edits: of `paper`, which takes ten times
+    as long. warm_ups: edits made first for each quality, not counted. snr_db: Es/N0, -20..40.
+    """
+
+    edits: int = 20
+    paper_edits: int = 5
+    warm_ups: int = 2
+    snr_db: float = 6.0
+    qualities: tuple[str, ...] = ("fast", "balanced", "paper")
+    photos: tuple[Path, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("edits", "paper_edits"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+
+    def count(self, quality: str) -> int:
+        """Counted edits of a quality."""
+        return self.paper_edits if quality == "paper" else self.edits
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One edit: the client's time and what the services reported, in milliseconds."""
+
+    client_ms: float
+    stages_ms: Mapping[str, float]
+
+    @property
+    def hops_ms(self) -> float:
+        """What is left of the client's time when all computing and waiting is taken away."""
+        waited = self.stages_ms.get("queue", 0.0)
+        return self.client_ms - waited - sum(_computing(self.stages_ms).values())
+
+
+@dataclass
+class Measured:
+    """All edits of one quality."""
+
+    quality: str
+    samples: list[Sample] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Percentiles of one quality, in milliseconds; `stages_ms` are medians."""
+
+    p50_ms: float
+    p95_ms: float
+    hops_p50_ms: float
+    hops_p95_ms: float
+    stages_ms: Mapping[str, float]
+
+
+def _computing(timings_ms: Mapping[str, float]) -> dict[str, float]:
+    return {name: ms for name, ms in timings_ms.items() if name not in NOT_STAGES}
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """Linear interpolation between closest ranks, percent in 0..100; ValueError on no values."""
+    if not values:
+        raise ValueError("percentile of no values; expected at least 1")
+    ordered = sorted(values)
+    place = (len(ordered) - 1) * percent / 100.0
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+def summarise(samples: Sequence[Sample]) -> Summary:
+    """Percentiles of what the client saw and of the hops, medians of the stages."""
+    client = [sample.client_ms for sample in samples]
+    hops = [sample.hops_ms for sample in samples]
+    names = list(dict.fromkeys(name for s in samples for name in _computing(s.stages_ms)))
+    stages = {
+        name: statistics.median(sample.stages_ms.get(name, 0.0) for sample in samples)
+        for name in names
+    }
+    return Summary(
+        p50_ms=percentile(client, 50),
+        p95_ms=percentile(client, 95),
+        hops_p50_ms=percentile(hops, 50),
+        hops_p95_ms=percentile(hops, 95),
+        stages_ms=stages,
+    )
+
+
+def resident_mib(pid: int) -> float | None:
+    """Resident memory of a process in MiB; None where the system has no /proc."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return None
+    kib = next((line.split()[1] for line in status.splitlines() if line.startswith("VmRSS:")), None)
+    return None if kib is None else int(kib) / 1024
+
+
+def one_edit(
+    client: httpx.Client, photo: bytes, sentence: str, *, quality: str, snr_db: float, seed: int
+) -> Sample:
+    """One edit over REST; raises httpx.HTTPStatusError on an answer that is not 200."""
+    started = time.perf_counter()
+    answer = client.post(
+        "/v1/edits",
+        files={"image": ("photo.png", photo, "application/octet-stream")},
+        data={
+            "instruction": sentence,
+            "quality": quality,
+            "snr_db": str(snr_db),
+            "seed": str(seed),
+        },
+    )
+    elapsed_ms = (time.perf_counter() - started) * 1000
+    answer.raise_for_status()
+    return Sample(elapsed_ms, answer.json()["timings_ms"])
+
+
+def measure(client: httpx.Client, quality: str, options: BenchOptions) -> Measured:
+    """Warm up, then make `options.count(quality)` edits one after another."""
+    measured = Measured(quality)
+    photos = [path.read_bytes() for path in options.photos]
+    jobs = zip(cycle(photos), cycle(SENTENCES), strict=False)
+    total = options.warm_ups + options.count(quality)
+    for number, (photo, sentence) in enumerate(islice(jobs, total)):
+        try:
+            sample = one_edit(
+                client, photo, sentence, quality=quality, snr_db=options.snr_db, seed=number
+            )
+        except httpx.HTTPError as error:
+            measured.failures.append(f"{sentence!r}: {error}")
+            continue
+        if number >= options.warm_ups:
+            measured.samples.append(sample)
+    return measured
+
+
+def _verdict(value: float, goal: float | None) -> str:
+    if goal is None:
+        return f"{value:.0f}"
+    return f"[{'green' if value < goal else 'red'}]{value:.0f}[/] (goal {goal:.0f})"
+
+
+def report(
+    console: Console, measured: Sequence[Measured], memory_mib: Mapping[str, float | None]
+) -> None:
+    """Print the tables: latency by quality, medians of the stages, memory by process."""
+    latency = Table(title="one edit, end to end, ms", title_justify="left")
+    for name in ("quality", "edits", "failed", "p50", "p95", "hops p50", "hops p95"):
+        latency.add_column(name, justify="left" if name == "quality" else "right")
+    summaries = {m.quality: summarise(m.samples) for m in measured if m.samples}
+    for one in measured:
+        row = [one.quality, str(len(one.samples)), str(len(one.failures))]
+        if summary := summaries.get(one.quality):
+            row += [
+                _verdict(summary.p50_ms, GOALS_MS.get(one.quality)),
+                f"{summary.p95_ms:.0f}",
+                _verdict(summary.hops_p50_ms, HOPS_GOAL_MS),
+                f"{summary.hops_p95_ms:.1f}",
+            ]
+        latency.add_row(*row)
+    console.print(latency)
+
+    stages = Table(title="stages, medians, ms", title_justify="left")
+    stages.add_column("stage")
+    for quality in summaries:
+        stages.add_column(quality, justify="right")
+    for name in dict.fromkeys(name for s in summaries.values() for name in s.stages_ms):
+        stages.add_row(name, *(f"{s.stages_ms.get(name, 0.0):.1f}" for s in summaries.values()))
+    console.print(stages)
+
+    memory = Table(title="resident memory, MiB", title_justify="left")
+    memory.add_column("process")
+    memory.add_column("RSS", justify="right")
+    for name, mib in memory_mib.items():
+        memory.add_row(name, "unknown" if mib is None else f"{mib:.0f}")
+    console.print(memory)
+    for one in measured:
+        for failure in one.failures:
+            console.print(f"failed, {one.quality}: {failure}", style="red", markup=False)
+
+
+def _options(argv: Sequence[str] | None) -> BenchOptions:
+    defaults = BenchOptions()
+    parser = argparse.ArgumentParser(prog="make bench", description="Time edits, end to end.")
+    parser.add_argument("--edits", type=int, default=defaults.edits)
+    parser.add_argument("--paper-edits", type=int, default=defaults.paper_edits)
+    parser.add_argument("--warm-ups", type=int, default=defaults.warm_ups)
+    parser.add_argument("--snr-db", type=float, default=defaults.snr_db)
+    parser.add_argument(
+        "--photos", type=Path, default=ROOT / "samples", help="a folder of photographs"
+    )
+    parser.add_argument(
+        "--quality", action="append", choices=defaults.qualities, help="may be given again"
+    )
+    given = parser.parse_args(argv)
+    suffixes = {".jpg", ".jpeg", ".png", ".webp"}
+    folder: Path = given.photos
+    photos = tuple(p for p in sorted(folder.glob("*")) if p.suffix.lower() in suffixes)
+    if not photos:
+        parser.error(f"{folder} has no photographs; expected some of {sorted(suffixes)}")
+    return BenchOptions(
+        edits=given.edits,
+        paper_edits=given.paper_edits,
+        warm_ups=given.warm_ups,
+        snr_db=given.snr_db,
+        qualities=tuple(given.quality or defaults.qualities),
+        photos=photos,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Start, measure, print, stop. Exit status 1 if any edit failed."""
+    options = _options(argv)
+    console = Console()
+    console.print(
+        f"{len(options.photos)} photographs, {options.snr_db:g} dB AWGN, {os.cpu_count()} cores, "
+        f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
