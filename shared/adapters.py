@@ -8,10 +8,10 @@ The linear part is a closed form. A turns the latent into uncorrelated component
 lambda_i; water-filling gives component i the power p_i that minimises what the best linear receiver
 leaves (Lee and Petersen, "Optimal linear coding for vector channels", 1976):
 
-    D = sum_i lambda_i N0 / (p_i + N0),    p_i = max(0, mu sqrt(lambda_i) - N0),    sum_i p_i = k
+    D = sum_i lambda_i N0 / (p_i + N0),    p_i = max(0, mu sqrt(lambda_i) - N0),   sum_i p_i = k
 
-Untrained, lambda = 1 and A = S = I: the latent is sent as it is and shrunk by 1 / (1 + N0), which is
-the posterior mean of unit-variance components. `LinearCode.fit` replaces that by the principal
+Untrained, lambda = 1 and A = S = I: the latent is sent as it is and shrunk by 1 / (1 + N0), which
+is the posterior mean of unit-variance components. `LinearCode.fit` replaces that by the principal
 axes of real latents. The residuals R are the paper's adapters, four Linear(k, k) with LeakyReLU;
 their last layer starts at zero, so training begins at the closed form and can only leave it for
 something better. They are modulated by the SNR (FiLM), or there is one of them per SNR class.
@@ -70,11 +70,11 @@ class AdapterConfig:
         object.__setattr__(self, "classes_db", tuple(float(snr) for snr in self.classes_db))
 
     @classmethod
-    def parse(cls, config: Mapping[str, Any]) -> "AdapterConfig":
-        """Read what `dump` wrote."""
+    def from_json(cls, config: Mapping[str, Any]) -> "AdapterConfig":
+        """Read what `to_json` wrote."""
         return cls(**config)
 
-    def dump(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """Plain values, for `bundle.json`."""
         return {**asdict(self), "classes_db": list(self.classes_db)}
 
@@ -161,9 +161,10 @@ class _Residual(nn.Module):
     def __init__(self, config: AdapterConfig, snrs: int) -> None:
         super().__init__()
         k, self.layers = config.latent, config.layers
-        self.linears = nn.ModuleList([nn.Linear(k, k) for _ in range(config.layers)])
-        nn.init.zeros_(self.linears[-1].weight)
-        nn.init.zeros_(self.linears[-1].bias)
+        linears = [nn.Linear(k, k) for _ in range(config.layers)]
+        nn.init.zeros_(linears[-1].weight)
+        nn.init.zeros_(linears[-1].bias)
+        self.linears = nn.ModuleList(linears)
         self.film: nn.Sequential | None = None
         if snrs:
             last = nn.Linear(64, 2 * k * (config.layers - 1))
@@ -300,7 +301,8 @@ class ChannelDecoder(nn.Module):
         # 1 / sqrt(1 + N0) brings whatever was received to unit variance for the network.
         seen = received / (1 + noise).sqrt()
         white = white + self.residual(seen, torch.stack((sent, snr), dim=1))
-        return self.mean + (white * self.spectrum.sqrt()) @ self.synthesis.T  # [B, k]
+        latent: Tensor = self.mean + (white * self.spectrum.sqrt()) @ self.synthesis.T
+        return latent  # [B, k]
 
 
 class Adapters(nn.Module):
@@ -318,7 +320,7 @@ class Adapters(nn.Module):
         bundle has no such net. Frozen, in evaluation mode."""
         if not bundle.has(net):
             return cls().eval().requires_grad_(False)
-        return bundle.load_into(net, cls(AdapterConfig.parse(bundle.config(net))))
+        return bundle.load_into(net, cls(AdapterConfig.from_json(bundle.config(net))))
 
 
 def _check_matrix(name: str, x: Tensor, columns: int) -> None:

@@ -1,0 +1,74 @@
+"""The receiver: symbols in, photograph out.
+
+    Reception --equalise--> x_hat, SNR --A_CD--> w_hat --StyleGAN2 synthesis--> image
+
+The receiver sees what its antenna gives it and the bundle; nothing of the sender's photograph, its
+power scalar or (under estimated CSI) the true fading.
+"""
+
+import torch
+from torch import Tensor
+
+from receiver.equaliser import Method, equalise
+from shared.adapters import ChannelDecoder
+from shared.bundle import Bundle
+from shared.stylegan2 import Generator
+from shared.symbols import Reception, noise_variance_to_snr_db
+
+
+class Receiver:
+    """Inference only: `receiver(reception)` is the whole of it."""
+
+    def __init__(
+        self,
+        decoder: ChannelDecoder,
+        generator: Generator,
+        device: torch.device | str = "cpu",
+        method: Method = "mmse",
+    ) -> None:
+        self.device = torch.device(device)
+        self.decoder = decoder.to(self.device).eval()
+        self.generator = generator.to(self.device).eval()
+        self.method: Method = method
+
+    @classmethod
+    def from_bundle(
+        cls, bundle: Bundle, device: torch.device | str = "cpu", method: Method = "mmse"
+    ) -> "Receiver":
+        """Load the channel decoder and the generator. Raises BundleError where one is broken."""
+        return cls(
+            ChannelDecoder.from_bundle(bundle), Generator.from_bundle(bundle), device, method
+        )
+
+    @property
+    def uses(self) -> int:
+        """Symbols in a message, n."""
+        return self.decoder.config.latent // 2
+
+    @torch.inference_mode()
+    def decode(self, reception: Reception) -> Tensor:
+        """Equalise and decode: the posterior-mean latent w_hat [B, 512].
+
+        Raises InvalidRequest for messages of another length.
+        """
+        here = _to(reception, self.device)
+        x_hat, snr_db = equalise(here, self.method)  # [B, n], [B]
+        sent_snr_db = noise_variance_to_snr_db(here.noise_variance)  # [B]
+        w_hat: Tensor = self.decoder(x_hat, snr_db, sent_snr_db)
+        return w_hat
+
+    @torch.inference_mode()
+    def __call__(self, reception: Reception) -> Tensor:
+        """Reception of B messages -> images [B, 3, S, S] float32 in [-1, 1]."""
+        image: Tensor = self.generator.synthesis(self.decode(reception))
+        return image.float().clamp(-1, 1)
+
+
+def _to(reception: Reception, device: torch.device) -> Reception:
+    h, pilots = reception.h, reception.pilots
+    return Reception(
+        y=reception.y.to(device),
+        h=None if h is None else h.to(device),
+        pilots=None if pilots is None else pilots.to(device),
+        noise_variance=reception.noise_variance.to(device),
+    )
