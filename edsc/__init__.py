@@ -1,0 +1,1 @@
+"""The command line: `edsc --help`."""

@@ -1,0 +1,70 @@
+"""`python -m gateway`: the HTTP edge as a process of its own. SIGTERM drains."""
+
+import asyncio
+import logging
+import socket
+import sys
+from collections.abc import Sequence
+
+import uvicorn
+
+from gateway.app import create_app
+from gateway.link import Link
+from shared.settings import MIB, Settings, settings_from_flags
+from shared.telemetry import configure_logging
+
+
+def bind(settings: Settings) -> socket.socket:
+    """A listening socket on the gateway's address. Raises OSError when it is taken."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    # A port whose last connections are still closing may be taken again at once.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.gateway_port))
+        listener.listen(512)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+async def serve(settings: Settings, listener: socket.socket) -> None:
+    """Serve until SIGTERM or SIGINT, then finish what is under way within `drain_s` seconds."""
+    app = create_app(Link(settings), max_photo_bytes=settings.max_image_mib * MIB)
+    tls = settings.tls_certificate is not None and settings.tls_key is not None
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=max(1, round(settings.drain_s)),
+        ssl_certfile=settings.tls_certificate if tls else None,
+        ssl_keyfile=settings.tls_key if tls else None,
+    )
+    await uvicorn.Server(config).serve(sockets=[listener])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the gateway; gives the exit status, 0 after a drain."""
+    settings = settings_from_flags("gateway", argv)
+    configure_logging("gateway", settings.log_level)
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)
+    try:
+        listener = bind(settings)
+    except OSError as error:
+        print(
+            f"the gateway cannot bind {settings.host}:{settings.gateway_port}: {error}",
+            file=sys.stderr,
+        )
+        return 1
+    host, port = listener.getsockname()[:2]
+    # For whoever started us with port 0, and for a person at a terminal.
+    print(f"gateway listening on {host}:{port}", flush=True)
+    asyncio.run(serve(settings, listener))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

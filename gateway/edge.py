@@ -1,0 +1,250 @@
+"""What every request passes on its way in and out: ids, limits, problems, metrics, one log line.
+
+::
+
+    request --> id --> media type --> body limit --> app --> status counted --> answer
+
+Pure ASGI, so that streaming works and a client that hangs up is noticed at once.
+"""
+
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from time import perf_counter
+from typing import Any, Final
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from structlog.contextvars import bound_contextvars
+
+from shared.errors import Busy, EdscError, InvalidRequest, PayloadTooLarge, Unavailable
+from shared.telemetry import Metrics, logger
+
+FORM_OVERHEAD: Final = 2**20  # bytes of a form beside its photo: boundaries, the other fields
+PROBLEM_TYPE: Final = "application/problem+json"
+RETRY_AFTER_S: Final = 1
+
+_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+_TRACEPARENT: Final = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+
+# What a person reads first; the detail then says what exactly was wrong.
+_TITLES: Final[Mapping[str, str]] = {
+    "InvalidRequest": "The request is not valid",
+    "InstructionRefused": "The sentence asks for nothing that can be edited",
+    "NoFaceFound": "No face found in the photo",
+    "UnsupportedImage": "Not a picture of a supported format",
+    "PayloadTooLarge": "The upload is too large",
+    "NotFound": "Not found",
+    "Busy": "Too busy",
+    "Cancelled": "The client went away",
+    "Unavailable": "A service is not available",
+    "DeadlineExceeded": "The edit took too long",
+    "BundleError": "The weights do not fit",
+    "MethodNotAllowed": "Method not allowed",
+    "UnsupportedMediaType": "Unsupported media type",
+    "NotAcceptable": "Not acceptable",
+    "BadRequest": "Bad request",
+    "InternalError": "Something went wrong here",
+}
+_KINDS_OF_STATUS: Final[Mapping[int, str]] = {
+    400: "BadRequest",
+    404: "NotFound",
+    405: "MethodNotAllowed",
+    406: "NotAcceptable",
+    413: "PayloadTooLarge",
+    415: "UnsupportedMediaType",
+    422: "InvalidRequest",
+    429: "Busy",
+    503: "Unavailable",
+    504: "DeadlineExceeded",
+}
+
+
+def kind_of_status(status: int) -> str:
+    """Name of the problem for a status that a framework chose."""
+    return _KINDS_OF_STATUS.get(status, "InternalError" if status >= 500 else "InvalidRequest")
+
+
+def problem(
+    kind: str,
+    status: int,
+    detail: str,
+    request_id: str,
+    errors: Sequence[Mapping[str, str]] | None = None,
+) -> dict[str, Any]:
+    """The body of an error answer (RFC 9457) with the request's id, and `errors` by field."""
+    slug = re.sub(r"(?<!^)(?=[A-Z])", "-", kind).lower()
+    body: dict[str, Any] = {
+        "type": f"urn:edsc:problem:{slug}",
+        "title": _TITLES.get(kind, kind),
+        "status": status,
+        "detail": detail,
+        "request_id": request_id,
+    }
+    if errors:
+        body["errors"] = list(errors)
+    return body
+
+
+def problem_of(error: EdscError, request_id: str) -> dict[str, Any]:
+    """The body for an error of ours. A fault of this side says no more than it must."""
+    return problem(error.kind, error.http_status, str(error), request_id)
+
+
+def problem_response(
+    body: Mapping[str, Any], headers: Mapping[str, str] | None = None
+) -> JSONResponse:
+    """An error answer; 429 and 503 say when to come back."""
+    extra = dict(headers or {})
+    if body["status"] in (Busy.http_status, Unavailable.http_status):
+        extra.setdefault("retry-after", str(RETRY_AFTER_S))
+    return JSONResponse(
+        dict(body), status_code=body["status"], headers=extra, media_type=PROBLEM_TYPE
+    )
+
+
+class Edge:
+    """ASGI middleware around the whole app.
+
+    max_photo_bytes: largest photo, bytes; a body may be FORM_OVERHEAD larger than that.
+    multipart_paths: POST paths that take a form and nothing else (415 otherwise).
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        metrics: Metrics,
+        max_photo_bytes: int,
+        multipart_paths: frozenset[str],
+    ) -> None:
+        self.app = app
+        self.metrics = metrics
+        self.max_photo_bytes = max_photo_bytes
+        self.max_body = max_photo_bytes + FORM_OVERHEAD
+        self.multipart_paths = multipart_paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        request_id = headers.get("x-request-id", "")
+        if not _REQUEST_ID.fullmatch(request_id):
+            request_id = secrets.token_hex(16)
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
+        traceparent = headers.get("traceparent", "")
+        state["traceparent"] = traceparent if _TRACEPARENT.fullmatch(traceparent) else ""
+
+        start = perf_counter()
+        status = 500
+        started = False
+
+        async def send_on(message: Message) -> None:
+            nonlocal status, started
+            if message["type"] == "http.response.start":
+                started = True
+                status = message["status"]
+                out = MutableHeaders(scope=message)
+                out["x-request-id"] = request_id
+                out.setdefault("x-content-type-options", "nosniff")
+                out.setdefault("referrer-policy", "no-referrer")
+            await send(message)
+
+        self.metrics.in_flight.inc()
+        try:
+            with bound_contextvars(request_id=request_id):
+                refusal = self._refuse(scope, headers)
+                if refusal is not None:
+                    if isinstance(refusal, PayloadTooLarge):
+                        await self._drain(receive)
+                    answer: Response = problem_response(problem_of(refusal, request_id))
+                    await answer(scope, receive, send_on)
+                else:
+                    await self.app(scope, self._limited(receive), send_on)
+        except Exception as error:
+            # Starlette's own last resort has run by now: it has answered, and raises for the log.
+            logger().error("failed", error=repr(error), exc_info=True)
+            if not started:
+                body = problem("InternalError", 500, "The log has more.", request_id)
+                await problem_response(body)(scope, receive, send_on)
+        finally:
+            self.metrics.in_flight.dec()
+            seconds = perf_counter() - start
+            route = scope.get("route")
+            path = getattr(route, "path", "unmatched")
+            self.metrics.answered(f"{scope['method']} {path}", str(status), seconds)
+            if status in (413, 429, 503, 504):
+                self.metrics.rejected(kind_of_status(status))
+            if path not in ("/healthz", "/readyz", "/metrics"):
+                logger().info(
+                    "served",
+                    method=scope["method"],
+                    path=path,
+                    status=status,
+                    duration_ms=round(seconds * 1000.0, 1),
+                    request_id=request_id,
+                )
+
+    def _refuse(self, scope: Scope, headers: Headers) -> EdscError | None:
+        """The reason not to read this request's body at all, if there is one."""
+        if scope["method"] == "POST" and scope["path"] in self.multipart_paths:
+            media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+            if media_type != "multipart/form-data":
+                return UnsupportedMedia(
+                    f"content-type is {media_type or 'missing'}; expected multipart/form-data "
+                    "with the fields image and instruction"
+                )
+        length = headers.get("content-length", "")
+        if length.isdigit() and int(length) > self.max_body:
+            return self._too_large(f"{int(length)} bytes")
+        return None
+
+    def _too_large(self, got: str) -> PayloadTooLarge:
+        limit = self.max_photo_bytes / 2**20
+        return PayloadTooLarge(f"the request body has {got}; a photo may have {limit:g} MiB")
+
+    def _limited(self, receive: Receive) -> Receive:
+        """`receive` that stops a body, also one of unknown length, at the limit."""
+        taken = 0
+
+        async def limited() -> Message:
+            nonlocal taken
+            message = await receive()
+            if message["type"] == "http.request":
+                taken += len(message.get("body", b""))
+                if taken > self.max_body:
+                    if message.get("more_body", False):
+                        await self._drain(receive)
+                    # The one exception that FastAPI lets through while it reads a body.
+                    raise HTTPException(
+                        413, str(self._too_large(f"more than {self.max_body} bytes"))
+                    )
+            return message
+
+        return limited
+
+    async def _drain(self, receive: Receive) -> None:
+        """Read on and throw away, up to a point: a client that is still sending would otherwise see
+        its connection reset instead of the answer."""
+        thrown_away = 0
+        while thrown_away < 4 * self.max_body:
+            message = await receive()
+            thrown_away += len(message.get("body", b""))
+            if message["type"] == "http.disconnect" or not message.get("more_body", False):
+                return
+
+
+class UnsupportedMedia(InvalidRequest):
+    """The request's own media type, not the picture's, is one that this path does not take."""
+
+    http_status = 415
+
+    @property
+    def kind(self) -> str:
+        """HTTP's name for it."""
+        return "UnsupportedMediaType"

@@ -1,0 +1,358 @@
+"""The order of the hops: transmit -> propagate -> receive. This is the whole link.
+
+::
+
+    photo, sentence --> Transmitter --SymbolFrame--> Channel --ReceivedFrame--> Receiver --> PNG
+
+Frames pass through here as they came: not decoded, not checked, not touched. One deadline covers
+the whole edit; every hop gets what the ones before it left over, and an edit that is cancelled
+cancels the call under way.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, Final
+
+import grpc.aio
+
+from gateway.answer import (
+    PICTURES,
+    Bandwidth,
+    ChannelName,
+    Degrees,
+    EditAnswer,
+    EditRead,
+    Order,
+    images_at,
+    notes_on,
+    stage_timings,
+)
+from gateway.store import StoredEdit
+from shared.errors import BundleError, Cancelled, DeadlineExceeded, EdscError, Unavailable
+from shared.pb import edsc_pb2, edsc_pb2_grpc
+from shared.rpc import (
+    FULL_NAMES,
+    GrpcService,
+    is_serving,
+    open_aio_channel,
+    outgoing_metadata,
+    translated,
+)
+from shared.settings import Settings
+
+Progress = Callable[[str, float, float], None]  # stage, fraction of it 0..1, milliseconds so far
+
+FACTS_DEADLINE_S: Final = 5.0  # for a call that computes next to nothing
+HEALTH_DEADLINE_S: Final = 2.0
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who asks, as every hop is told: request id and W3C traceparent (empty: none)."""
+
+    request_id: str
+    traceparent: str = ""
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """gRPC metadata of a call on this caller's behalf."""
+        return outgoing_metadata(self.request_id, self.traceparent)
+
+
+class _Budget:
+    """Seconds that an edit may take, and what is left of them."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.start = perf_counter()
+        self.hops_ms: dict[str, float] = {}
+
+    def left(self, service: GrpcService) -> float:
+        """Seconds left for a call to `service`. Raises DeadlineExceeded when there are none."""
+        left = self.seconds - (perf_counter() - self.start)
+        if left <= 0.0:
+            raise DeadlineExceeded(f"nothing of the {self.seconds:g} s is left for the {service}")
+        return left
+
+    def spent_ms(self) -> float:
+        """Milliseconds since the edit began."""
+        return (perf_counter() - self.start) * 1000.0
+
+    @contextmanager
+    def hop(self, name: str) -> Iterator[None]:
+        """Time one call."""
+        start = self.spent_ms()
+        yield
+        self.hops_ms[name] = self.spent_ms() - start
+
+
+@contextmanager
+def _calling(service: GrpcService) -> Iterator[None]:
+    """Errors of a call in our own words; a service that drops us is not a caller that left."""
+    try:
+        with translated(service):
+            yield
+    except Cancelled as error:
+        raise Unavailable(f"the {service} dropped the call: it is shutting down") from error
+
+
+class Link:
+    """The three services as one: opened inside a running event loop, closed by whoever made it.
+
+    settings: targets, limits and TLS. deadline_s: for one edit, all hops together; None: the
+    settings' default deadline.
+    """
+
+    def __init__(self, settings: Settings, deadline_s: float | None = None) -> None:
+        self.settings = settings
+        self.deadline_s = settings.default_deadline_s if deadline_s is None else deadline_s
+        self._channels: dict[GrpcService, grpc.aio.Channel] = {}
+
+    def _to(self, service: GrpcService) -> grpc.aio.Channel:
+        if service not in self._channels:
+            self._channels[service] = open_aio_channel(self.settings, service)
+        return self._channels[service]
+
+    async def close(self) -> None:
+        """Hang up."""
+        for channel in self._channels.values():
+            await channel.close()
+        self._channels.clear()
+
+    # ------------------------------------------------------------------------------------- one edit
+
+    async def edit(
+        self,
+        edit_id: str,
+        photo: bytes,
+        order: Order,
+        *,
+        caller: Caller,
+        progress: Progress | None = None,
+    ) -> StoredEdit:
+        """Send `photo` through the three hops.
+
+        photo: the file as uploaded. Raises the services' own errors (InvalidRequest and its kinds,
+        Busy), Unavailable for one that is down, DeadlineExceeded when `deadline_s` is spent.
+        """
+        budget = _Budget(self.deadline_s)
+        tell = progress or (lambda stage, fraction, elapsed_ms: None)
+
+        with budget.hop("transmit"):
+            sent = await self._transmit(photo, order, budget, caller, progress)
+        tell("propagate", 0.0, budget.spent_ms())
+        with budget.hop("propagate"):
+            crossed = await self._propagate(sent.frame, order, budget, caller)
+        tell("receive", 0.0, budget.spent_ms())
+        with budget.hop("receive"):
+            drawn = await self._receive(crossed.frame, budget, caller)
+        if len(drawn.png) != 1:
+            raise EdscError(f"the receiver drew {len(drawn.png)} pictures; expected 1")
+
+        edited = next((d for d in sent.degrees if d.HasField("expected")), None)
+        reached = sent.reached if sent.HasField("reached") else None
+        rician = order.channel is ChannelName.RICIAN
+        answer = EditAnswer(
+            id=edit_id,
+            instruction=order.instruction,
+            edit=_edit_read(sent.edit) if sent.HasField("edit") else None,
+            degrees=_degrees(sent.degrees),
+            reached=reached,
+            match_steps=sent.match_steps,
+            faces_found=sent.faces_found,
+            notes=notes_on(
+                edited=edited.attribute if edited else None,
+                expected=edited.expected if edited else None,
+                after=edited.after if edited else None,
+                reached=reached,
+                faces_found=sent.faces_found,
+            ),
+            cbr=Bandwidth(
+                paper=crossed.cbr.paper,
+                complex_uses=crossed.cbr.complex_uses,
+                uses=crossed.cbr.uses,
+                pilot_uses=crossed.cbr.pilot_uses,
+            ),
+            snr_db=order.snr_db,
+            channel=order.channel,
+            fading=order.fading,
+            k_factor_db=order.k_factor_db if rician else None,
+            csi=order.csi,
+            fading_db=crossed.fading_db[0] if crossed.fading_db else 0.0,
+            seed=crossed.seed,
+            quality=order.quality,
+            scheme=order.scheme,
+            timings_ms=stage_timings(
+                sent.timings_ms, crossed.timings_ms, drawn.timings_ms, budget.spent_ms()
+            ),
+            hops_ms={name: round(ms, 3) for name, ms in budget.hops_ms.items()},
+            images=images_at(f"/v1/edits/{edit_id}"),
+        )
+        pngs = (sent.aligned_png, sent.sent_png, drawn.png[0])
+        return StoredEdit(answer, dict(zip(PICTURES, pngs, strict=True)))
+
+    async def _transmit(
+        self,
+        photo: bytes,
+        order: Order,
+        budget: _Budget,
+        caller: Caller,
+        progress: Progress | None,
+    ) -> edsc_pb2.TransmitReply:
+        request = edsc_pb2.TransmitRequest(
+            image=photo,
+            instruction=order.instruction,
+            snr_db=order.snr_db,
+            quality=order.quality.value,
+            align=order.align,
+        )
+        stub = edsc_pb2_grpc.TransmitterStub(self._to("transmitter"))
+        timeout = budget.left("transmitter")
+        with _calling("transmitter"):
+            if progress is None:
+                reply: edsc_pb2.TransmitReply = await stub.Transmit(
+                    request, timeout=timeout, metadata=caller.metadata
+                )
+                return reply
+            async for event in stub.TransmitStream(
+                request, timeout=timeout, metadata=caller.metadata
+            ):
+                if event.WhichOneof("event") == "reply":
+                    reply = event.reply
+                    return reply
+                news = event.progress
+                progress(news.stage, news.fraction, news.elapsed_ms)
+        raise Unavailable("the transmitter ended its stream without a reply")
+
+    async def _propagate(
+        self, frame: edsc_pb2.SymbolFrame, order: Order, budget: _Budget, caller: Caller
+    ) -> edsc_pb2.PropagateReply:
+        request = edsc_pb2.PropagateRequest(
+            frame=frame,
+            channel=order.channel.value,
+            fading=order.fading.value,
+            k_factor_db=order.k_factor_db,
+            csi=order.csi.value,
+            snr_db=order.snr_db,
+            seed=order.seed,
+        )
+        stub = edsc_pb2_grpc.ChannelStub(self._to("channel"))
+        with _calling("channel"):
+            reply: edsc_pb2.PropagateReply = await stub.Propagate(
+                request, timeout=budget.left("channel"), metadata=caller.metadata
+            )
+        return reply
+
+    async def _receive(
+        self, frame: edsc_pb2.ReceivedFrame, budget: _Budget, caller: Caller
+    ) -> edsc_pb2.ReceiveReply:
+        stub = edsc_pb2_grpc.ReceiverStub(self._to("receiver"))
+        with _calling("receiver"):
+            reply: edsc_pb2.ReceiveReply = await stub.Receive(
+                edsc_pb2.ReceiveRequest(frame=frame),
+                timeout=budget.left("receiver"),
+                metadata=caller.metadata,
+            )
+        return reply
+
+    # ------------------------------------------------------------------------------------ the facts
+
+    async def read(self, text: str, *, caller: Caller) -> EditRead | None:
+        """The edit that a sentence asks for; None for "-". Raises InstructionRefused for none."""
+        stub = edsc_pb2_grpc.TransmitterStub(self._to("transmitter"))
+        request = edsc_pb2.ReadInstructionRequest(instruction=text)
+        with _calling("transmitter"):
+            reply = await stub.ReadInstruction(
+                request, timeout=FACTS_DEADLINE_S, metadata=caller.metadata
+            )
+        return _edit_read(reply.edit) if reply.HasField("edit") else None
+
+    async def channels(self, *, caller: Caller) -> dict[str, Any]:
+        """The channels that there are, and limits on their parameters."""
+        stub = edsc_pb2_grpc.ChannelStub(self._to("channel"))
+        with _calling("channel"):
+            about = await stub.Describe(
+                edsc_pb2.DescribeChannelRequest(),
+                timeout=FACTS_DEADLINE_S,
+                metadata=caller.metadata,
+            )
+        return {
+            "channels": [
+                {
+                    "name": kind.name,
+                    "description": kind.description,
+                    "fadings": list(kind.fadings),
+                    "has_k_factor": kind.has_k_factor,
+                }
+                for kind in about.channels
+            ],
+            "csi": list(about.csi),
+            "snr_db": {"minimum": about.min_snr_db, "maximum": about.max_snr_db},
+            "k_factor_db": {"default": about.default_k_factor_db},
+            "pilots": {"default": about.default_pilots},
+        }
+
+    async def model(self, *, caller: Caller) -> dict[str, Any]:
+        """The weights at both ends. Raises BundleError when they are not the same."""
+        request = edsc_pb2.DescribeModelRequest()
+        with _calling("transmitter"):
+            near = await edsc_pb2_grpc.TransmitterStub(self._to("transmitter")).DescribeModel(
+                request, timeout=FACTS_DEADLINE_S, metadata=caller.metadata
+            )
+        with _calling("receiver"):
+            far = await edsc_pb2_grpc.ReceiverStub(self._to("receiver")).Describe(
+                request, timeout=FACTS_DEADLINE_S, metadata=caller.metadata
+            )
+        if near.digest != far.digest:
+            raise BundleError(
+                f"the transmitter has {near.name} {near.digest[:12]}, "
+                f"the receiver {far.name} {far.digest[:12]}; expected the same"
+            )
+        return {
+            "name": near.name,
+            "digest": near.digest,
+            "uses": near.uses,
+            "image_size": near.image_size,
+            "attributes": list(near.attributes),
+            "max_degree": near.max_degree,
+            "qualities": list(near.qualities),
+            "networks": list(near.networks),
+        }
+
+    async def health(self) -> dict[str, str]:
+        """Health of the three by grpc.health.v1: SERVING or NOT_SERVING (also when not reached)."""
+        serving = await asyncio.gather(
+            *(is_serving(self._to(name), name, HEALTH_DEADLINE_S) for name in FULL_NAMES)
+        )
+        return {
+            name: "SERVING" if ok else "NOT_SERVING"
+            for name, ok in zip(FULL_NAMES, serving, strict=True)
+        }
+
+
+# --------------------------------------------------------------------------- protobuf to the answer
+
+
+def _edit_read(edit: edsc_pb2.Edit) -> EditRead:
+    change = edit.change if edit.HasField("change") else None
+    return EditRead(
+        attribute=edit.attribute,
+        mode="target" if change is None else "change",
+        direction=edit.direction or None,
+        value=None if change is None else abs(change),
+        target=edit.target if edit.HasField("target") else None,
+        confidence=round(edit.confidence, 4),
+        description=edit.description,
+    )
+
+
+def _degrees(degrees: Iterable[edsc_pb2.AttributeDegrees]) -> Degrees:
+    before = {d.attribute: d.before for d in degrees if d.HasField("before")}
+    return Degrees(
+        before=before or None,
+        expected={d.attribute: d.expected for d in degrees if d.HasField("expected")},
+        after={d.attribute: d.after for d in degrees if d.HasField("after")},
+    )

@@ -1,0 +1,325 @@
+// The page: one form, one request at a time; moving the slider sends again and drops the one before.
+
+const $ = (id) => document.getElementById(id);
+const form = $("form");
+const ATTRIBUTE_STAGES = { decode: "Reading the photo", align: "Finding the face", invert: "Inverting into the latent space", read: "Reading the sentence", edit: "Editing until the degree is right", encode: "Coding for the channel", pictures: "Drawing", propagate: "Crossing the air", receive: "Drawing what was received", queue: "Waiting for a free worker", overhead: "Hops" };
+const STAGE_ORDER = ["queue", "decode", "align", "invert", "read", "edit", "encode", "pictures", "propagate", "receive", "overhead"];
+const COLOURS = { queue: "--s6", decode: "--s6", align: "--s3", invert: "--s1", read: "--s4", edit: "--s2", encode: "--s5", pictures: "--s6", propagate: "--s5", receive: "--s3", overhead: "--s6" };
+const SUGGESTIONS = ["make the smile bigger", "give him a fuller beard", "add eyeglasses", "make her look younger", "remove the bangs", "-"];
+
+let photo = null;        // File or Blob to send
+let running = null;      // AbortController of the request under way
+let sentOnce = false;    // the slider re-sends only after the first Send
+let samplePick = 0;      // newest choice of sample wins
+
+// ---------------------------------------------------------------------------------- choosing a photo
+
+function usePhoto(blob, name) {
+  photo = blob;
+  const old = $("preview").src;
+  $("preview").src = URL.createObjectURL(blob);
+  if (old.startsWith("blob:")) URL.revokeObjectURL(old);
+  $("preview").hidden = false;
+  $("filename").textContent = name;
+}
+
+$("preview").addEventListener("error", () => { $("preview").hidden = true; });
+
+$("file").addEventListener("change", () => {
+  const file = $("file").files[0];
+  if (!file) return;
+  samplePick += 1;
+  pressSample(null);
+  usePhoto(file, file.name);
+});
+
+for (const kind of ["dragover", "dragleave", "drop"]) {
+  $("drop").addEventListener(kind, (event) => {
+    event.preventDefault();
+    $("drop").classList.toggle("over", kind === "dragover");
+    const file = kind === "drop" && event.dataTransfer.files[0];
+    if (file) { samplePick += 1; pressSample(null); usePhoto(file, file.name); }
+  });
+}
+
+function pressSample(button) {
+  for (const other of $("samples").children) other.setAttribute("aria-pressed", String(other === button));
+}
+
+async function pickSample(button, sample) {
+  const mine = ++samplePick;
+  pressSample(button);
+  const answer = await fetch(sample.image);
+  const blob = await answer.blob();
+  if (mine === samplePick) usePhoto(blob, `${sample.name}, drawn by the generator`);
+}
+
+async function loadSamples() {
+  const { samples } = await (await fetch("/v1/samples")).json();
+  for (const sample of samples.slice(0, 12)) {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.title = sample.name;
+    const image = document.createElement("img");
+    image.src = sample.image;
+    image.alt = `Sample face ${sample.name}`;
+    button.append(image);
+    button.addEventListener("click", () => pickSample(button, sample));
+    $("samples").append(button);
+  }
+  $("samples").hidden = samples.length === 0;
+  if (samples.length && !photo) await pickSample($("samples").firstChild, samples[0]);
+}
+
+// ------------------------------------------------------------------------------------- the sentence
+
+for (const words of SUGGESTIONS) {
+  const chip = document.createElement("button");
+  chip.type = "button";
+  chip.textContent = words === "-" ? "no edit" : words;
+  chip.addEventListener("click", () => { $("instruction").value = words; readSentence(); });
+  $("chips").append(chip);
+}
+
+let reading = null;
+async function readSentence() {
+  reading?.abort();
+  const mine = (reading = new AbortController());
+  const text = $("instruction").value.trim();
+  const hint = $("reading");
+  hint.className = "hint";
+  if (!text) { hint.textContent = "Say what to change."; return; }
+  if (text === "-") { hint.textContent = "The photo is sent unedited."; return; }
+  try {
+    const answer = await fetch("/v1/instructions", { method: "POST", signal: mine.signal, headers: { "content-type": "application/json" }, body: JSON.stringify({ text }) });
+    const body = await answer.json();
+    hint.textContent = answer.ok ? `Reads as ${body.description}` : body.detail;
+    hint.className = answer.ok ? "hint yes" : "hint no";
+  } catch (error) {
+    if (error.name !== "AbortError") hint.textContent = "\u00a0";
+  }
+}
+$("instruction").addEventListener("input", later(readSentence, 350));
+
+// ------------------------------------------------------------------------------------- the controls
+
+function later(action, ms) {
+  let timer = 0;
+  return () => { clearTimeout(timer); timer = setTimeout(action, ms); };
+}
+const decibels = (value) => `${String(value).replace("-", "−")} dB`;
+
+function showControls() {
+  $("snr-out").textContent = decibels($("snr").value);
+  $("snr").setAttribute("aria-valuetext", decibels($("snr").value));
+  $("k-out").textContent = decibels($("k").value);
+  $("k-row").hidden = form.elements.channel.value !== "rician";
+}
+const sendAgain = later(() => { if (sentOnce && photo) send(); }, 180);
+for (const id of ["snr", "k"]) $(id).addEventListener("input", () => { showControls(); sendAgain(); });
+for (const radio of form.elements.channel) radio.addEventListener("change", () => { showControls(); sendAgain(); });
+for (const id of ["fading", "csi"]) $(id).addEventListener("change", sendAgain);
+
+// ------------------------------------------------------------------------------------------ sending
+
+form.addEventListener("submit", (event) => { event.preventDefault(); send(); });
+
+function order() {
+  const data = new FormData();
+  data.append("image", photo, photo.name ?? "sample.png");
+  for (const name of ["instruction", "snr_db", "channel", "quality", "fading", "csi"]) data.append(name, form.elements[name].value);
+  if (form.elements.channel.value === "rician") data.append("k_factor_db", $("k").value);
+  if ($("seed").value !== "") data.append("seed", $("seed").value);
+  data.append("align", $("align").checked ? "true" : "false");
+  return data;
+}
+
+async function send() {
+  if (!photo) { showProblem({ title: "No photograph yet", detail: "Choose a photo or one of the samples first." }); return; }
+  running?.abort();
+  const mine = (running = new AbortController());
+  sentOnce = true;
+  $("problem").hidden = true;
+  $("pictures").classList.add("stale");
+  showProgress("Sending the photo", 0.02);
+  try {
+    const answer = await fetch("/v1/edits", { method: "POST", body: order(), headers: { accept: "text/event-stream" }, signal: mine.signal });
+    if (!answer.ok) { showProblem(await answer.json()); return; }
+    let ended = false;
+    for await (const { event, data } of events(answer.body)) {
+      if (event === "progress") onProgress(data);
+      if (event === "result") { await showResult(data); ended = true; }
+      if (event === "problem") { showProblem(data); ended = true; }
+    }
+    if (!ended) throw new Error("the answer ended early");
+  } catch (error) {
+    if (mine.signal.aborted) return;  // a newer request has taken over
+    showProblem({ title: "The gateway did not answer", detail: String(error.message ?? error) });
+  } finally {
+    if (running === mine) { running = null; $("progress").hidden = true; $("pictures").classList.remove("stale"); }
+  }
+}
+
+async function* events(stream) {
+  const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
+  let text = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    text += value;
+    let end;
+    while ((end = text.indexOf("\n\n")) >= 0) {
+      const lines = text.slice(0, end).split("\n");
+      text = text.slice(end + 2);
+      const event = lines.find((line) => line.startsWith("event: "));
+      const data = lines.find((line) => line.startsWith("data: "));
+      if (event && data) yield { event: event.slice(7), data: JSON.parse(data.slice(6)) };
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------------------ showing
+
+const WEIGHT = { decode: [0.02, 0.03], align: [0.05, 0.07], invert: [0.12, 0.48], read: [0.6, 0.02], edit: [0.62, 0.23], encode: [0.85, 0.02], pictures: [0.87, 0.02], propagate: [0.89, 0.02], receive: [0.91, 0.09] };
+
+function onProgress({ stage, fraction }) {
+  const [start, share] = WEIGHT[stage] ?? [0, 0];
+  showProgress(ATTRIBUTE_STAGES[stage] ?? stage, start + share * fraction);
+}
+
+function showProgress(words, value) {
+  $("status-text").textContent = words;
+  $("progress").hidden = false;
+  $("progress").value = value;
+}
+
+function showProblem({ title, detail, request_id }) {
+  const box = $("problem");
+  box.replaceChildren();
+  const strong = document.createElement("strong");
+  strong.textContent = title;
+  box.append(strong, detail ?? "");
+  if (request_id) {
+    const id = document.createElement("small");
+    id.textContent = ` (request ${request_id.slice(0, 12)})`;
+    box.append(id);
+  }
+  box.hidden = false;
+  $("status-text").textContent = "";
+}
+
+async function showPicture(name, url, alt) {
+  const image = $(`img-${name}`);
+  const next = new Image();
+  next.src = url;
+  await next.decode();
+  image.src = url;
+  image.alt = alt;
+  image.hidden = false;
+}
+
+const percent = (ratio) => `${(100 * ratio).toFixed(2)} %`;
+const duration = (ms) => (ms >= 1000 ? `${(ms / 1000).toFixed(2)} s` : `${ms.toFixed(ms < 10 ? 1 : 0)} ms`);
+
+async function showResult(answer) {
+  await Promise.all([
+    showPicture("aligned", answer.images.aligned, "The face, cut out and aligned"),
+    showPicture("sent", answer.images.sent, `The edited face before the channel: ${answer.edit?.description ?? "unedited"}`),
+    showPicture("received", answer.images.received, `The face as received at ${answer.snr_db} dB`),
+  ]);
+  $("pictures").classList.remove("stale");
+  $("received-note").textContent = `after the air, ${decibels(answer.snr_db)}`;
+  $("status-text").textContent = `Done in ${duration(answer.timings_ms.total)}.`;
+
+  const line = $("edit-line");
+  line.replaceChildren();
+  if (answer.edit) {
+    const strong = document.createElement("strong");
+    strong.textContent = answer.edit.description;
+    line.append("Read as ", strong, `, ${Math.round(100 * answer.edit.confidence)} % sure.`);
+  } else line.append("Sent unedited.");
+  $("notes").replaceChildren(...answer.notes.map((note) => Object.assign(document.createElement("li"), { textContent: note })));
+
+  showDegrees(answer);
+  showLink(answer);
+  showTimes(answer.timings_ms);
+  $("facts").hidden = false;
+}
+
+function showDegrees({ degrees, edit }) {
+  const rows = Object.entries(degrees.after).map(([name, after]) => {
+    const before = degrees.before?.[name];
+    const expected = degrees.expected[name];
+    const row = document.createElement("tr");
+    row.className = name === edit?.attribute ? "edited" : "";
+    const head = Object.assign(document.createElement("th"), { scope: "row", textContent: name });
+    const bar = document.createElement("div");
+    bar.className = "bar";
+    const piece = (kind, style) => { const i = document.createElement("i"); i.className = kind; Object.assign(i.style, style); bar.append(i); };
+    if (before !== undefined) piece("b", { width: `${20 * before}%` });
+    piece("a", { width: `${20 * after}%` });
+    if (expected !== undefined) piece("e", { left: `${20 * expected}%` });
+    const cell = document.createElement("td");
+    cell.append(bar);
+    const numbers = document.createElement("td");
+    numbers.textContent = before === undefined ? `${after}` : `${before} → ${after}`;
+    row.append(head, cell, numbers);
+    return row;
+  });
+  $("degrees").tBodies[0].replaceChildren(...rows);
+}
+
+function showLink(answer) {
+  const fading = answer.channel === "awgn" ? "" : `, ${answer.fading}`;
+  const facts = [
+    ["CBR, the paper’s count", answer.cbr.paper.toFixed(4)],
+    ["CBR, complex uses", answer.cbr.complex_uses.toFixed(4)],
+    ["Channel uses", `${answer.cbr.uses}${answer.cbr.pilot_uses ? ` (${answer.cbr.pilot_uses} pilots)` : ""}`],
+    ["Channel", `${answer.channel}${fading}`],
+    ...(answer.channel === "rician" ? [["K-factor", decibels(answer.k_factor_db)]] : []),
+    ...(answer.channel === "awgn" ? [] : [["Fade, |h|²", decibels(answer.fading_db.toFixed(1))]]),
+    ["SNR", decibels(answer.snr_db)],
+    ["Faces found", String(answer.faces_found)],
+    ["Matching steps", String(answer.match_steps)],
+    ["Seed", String(answer.seed)],
+  ];
+  $("link").replaceChildren(...facts.flatMap(([term, words]) => [
+    Object.assign(document.createElement("dt"), { textContent: term }),
+    Object.assign(document.createElement("dd"), { textContent: words }),
+  ]));
+}
+
+function showTimes(timings) {
+  const stages = STAGE_ORDER.filter((stage) => timings[stage] >= 0.05);
+  const words = (stage) => `${stage} ${duration(timings[stage])}`;
+  const swatch = (stage) => { const i = document.createElement("i"); i.style.background = `var(${COLOURS[stage]})`; return i; };
+  $("time-total").textContent = `${duration(timings.total)} in all`;
+  $("timebar").replaceChildren(...stages.map((stage) => { const i = swatch(stage); i.style.flex = `${timings[stage]} 0 0`; i.title = words(stage); return i; }));
+  $("timebar").setAttribute("aria-label", stages.map(words).join(", "));
+  $("timekey").replaceChildren(...stages.map((stage) => {
+    const item = document.createElement("li");
+    item.title = ATTRIBUTE_STAGES[stage] ?? stage;
+    item.append(swatch(stage), words(stage));
+    return item;
+  }));
+}
+
+// ----------------------------------------------------------------------------------------- starting
+
+async function showReady() {
+  let words = "gateway not reachable", ready = false;
+  try {
+    const body = await (await fetch("/readyz")).json();
+    const down = Object.entries(body.services).filter(([, state]) => state !== "SERVING").map(([name]) => name);
+    ready = body.ready;
+    words = ready ? "link ready" : `not ready: ${down.join(", ")}`;
+  } catch { /* words say it */ }
+  $("ready").textContent = words;
+  $("ready").className = `ready ${ready ? "yes" : "no"}`;
+  setTimeout(showReady, ready ? 10000 : 2000);
+}
+
+showControls();
+showReady();
+loadSamples().catch(() => {});
+readSentence();
