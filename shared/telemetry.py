@@ -144,12 +144,19 @@ class Stopwatch:
         try:
             yield
         finally:
-            spent = (perf_counter() - start) * 1000.0
-            self._stages[name] = self._stages.get(name, 0.0) + spent
+            self.add(name, (perf_counter() - start) * 1000.0)
+
+    def add(self, name: str, milliseconds: float) -> None:
+        """Count time that was measured elsewhere."""
+        self._stages[name] = self._stages.get(name, 0.0) + milliseconds
 
     def elapsed_ms(self) -> float:
         """Milliseconds since the watch was made."""
         return (perf_counter() - self._start) * 1000.0
+
+    def stages_ms(self) -> dict[str, float]:
+        """Milliseconds of every stage so far."""
+        return dict(self._stages)
 
     def timings_ms(self) -> dict[str, float]:
         """Every stage, and `total`: all the time since the watch was made."""

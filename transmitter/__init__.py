@@ -1,0 +1,1 @@
+"""Photograph and sentence in, symbols out."""
