@@ -12,10 +12,12 @@ No pickles: loading a bundle runs no code. The hash of every file is checked bef
 are used, and `Bundle.digest` names the whole, so both ends of a link can tell that they hold the same nets.
 """
 
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -56,6 +58,17 @@ def _write_atomically(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_bytes(data)
     temporary.replace(path)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Two recipes may write to one bundle at the same time: the index is theirs in turn."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @dataclass(frozen=True)
@@ -166,29 +179,29 @@ def write_net(
                 raise BundleError(f"net {net!r}: tensor {key!r} is not finite as {kept.dtype}")
         stored[key] = kept.clone()
     data = save(stored)
-    index = (
-        _read_index(folder)
-        if (folder / INDEX).is_file()
-        else {"format": FORMAT, "name": folder.name, "nets": {}, "scores": {}}
-    )
-    file = f"{net}.safetensors"
-    _write_atomically(folder / file, data)
-    index["nets"][net] = {
-        "file": file,
+    entry = {
+        "file": f"{net}.safetensors",
         "sha256": hashlib.sha256(data).hexdigest(),
         "bytes": len(data),
         "config": dict(config),
         "provenance": dict(provenance),
     }
-    index["nets"] = dict(sorted(index["nets"].items()))
-    _write_index(folder, index)
+    with _locked(folder):
+        if (folder / INDEX).is_file():
+            index = _read_index(folder)
+        else:
+            index = {"format": FORMAT, "name": folder.name, "nets": {}, "scores": {}}
+        index["nets"] = dict(sorted({**index["nets"], net: entry}.items()))
+        _write_atomically(folder / f"{net}.safetensors", data)
+        _write_index(folder, index)
 
 
 def write_scores(folder: Path, scores: Mapping[str, Any]) -> None:
     """Merge measured scores into the index of the bundle at `folder`."""
-    index = _read_index(folder)
-    index["scores"] = {**index.get("scores", {}), **scores}
-    _write_index(folder, index)
+    with _locked(folder):
+        index = _read_index(folder)
+        index["scores"] = {**index.get("scores", {}), **scores}
+        _write_index(folder, index)
 
 
 def _write_index(folder: Path, index: Mapping[str, Any]) -> None:

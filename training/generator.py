@@ -1,0 +1,382 @@
+"""Generator and inversion encoder, trained together through the channel.
+
+::
+
+    face --E--> w on the sphere --AWGN at a random SNR--> w_hat --G--> rendering
+      |                                                                  |
+      `------------- pixels, perceptual distance, identity --------------'
+    z --mapping--> w --G--> sampled face ----> D <---- faces, renderings
+
+The noise between E and G makes the 512 numbers robust before any adapter is trained. It begins
+weak and widens. What G is given is the posterior mean w_hat = y / (1 + N0) of a unit-variance
+latent, so a bad channel reaches G as a short vector and G answers with the face it can be sure of.
+
+Reconstruction and identity come first; the adversary joins after `adversary_from` images, when
+there is something to sharpen. The mapping network is kept on the distribution of encoded faces
+from the start (energy distance), so that drawing from z gives latents which G knows.
+"""
+
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shared.bundle import Bundle, write_net
+from shared.errors import BundleError
+from shared.stylegan2 import Discriminator, Generator, GeneratorConfig, default_channels
+from shared.symbols import snr_db_to_noise_variance
+from training.data import FaceSet, Order, load_faces
+from training.run import Run, RunOptions, State, frozen
+from training.teachers import FaceIdentity, SqueezeFeatures
+from transmitter.inversion import InversionConfig, InversionEncoder
+
+NAME = "generator"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every number of this recipe. Lengths are counted in images, so they hold for any batch."""
+
+    batch: int = 8
+    channels: tuple[int, ...] = (256, 256, 256, 192, 96, 48)
+    discriminator_channels: tuple[int, ...] = (256, 256, 192, 128, 64, 32)
+    rate: float = 1e-3
+    rate_falls_after: int = 24_000  # then as 1 / sqrt(images)
+    warmup: int = 1_600
+    mse: float = 4.0
+    perceptual: float = 0.3
+    identity: float = 1.0
+    identity_from: int = 1_600
+    energy: float = 0.05
+    adversary: float = 0.03
+    adversary_from: int = 150_000
+    discriminator_rate: float = 1e-3
+    r1_gamma: float = 0.1
+    r1_every: int = 16
+    snr_high_db: float = 24.0
+    snr_low_first_db: float = 14.0
+    snr_low_db: float = -8.0
+    snr_widened_at: int = 40_000
+    ema_images: int = 6_000
+    validation_faces: int = 128
+
+
+CPU = Recipe()
+CUDA = Recipe(
+    batch=64,
+    channels=default_channels(128, 16384),
+    discriminator_channels=default_channels(128, 16384),
+    adversary_from=400_000,
+)
+
+
+def train(options: RunOptions, recipe: Recipe | None = None) -> None:
+    """Train until the minutes or steps are used up, or SIGTERM; write the nets to the bundle."""
+    with Run(NAME, options) as run:
+        recipe = recipe or (CUDA if run.device.type == "cuda" else CPU)
+        faces = load_faces(options.data, "train")
+        judges = Judges.load(options.data, run.device)
+        validation = Validation(load_faces(options.data, "val", recipe.validation_faces), judges)
+        nets = Nets(recipe, run.device)
+        draws = torch.Generator().manual_seed(options.seed)
+        order = Order(len(faces), recipe.batch, draws)
+        state = run.restore()
+        if state is not None:
+            nets.load(state)
+            order.load(state["order"])
+        elif not options.fresh:
+            run.images = nets.start_from_bundle(options.bundle)
+
+        def checkpoint() -> None:
+            run.save({**nets.state(), "order": order.state()})
+
+        while not run.stopping:
+            real = faces.batch(order.next(), torch.rand(recipe.batch, generator=draws) < 0.5)
+            real = real.to(run.device, memory_format=torch.channels_last)
+            report = reconstruct(nets, judges, real, recipe, run.images, draws)
+            if run.images >= recipe.adversary_from:
+                report |= discriminate(nets, real, recipe, run.step, draws)
+            run.step += 1
+            run.images += recipe.batch
+            nets.average(recipe, run.images)
+            if run.due("report", 1):
+                run.record(**{key: float(value) for key, value in report.items()})
+            if run.due("checkpoint", 3):
+                checkpoint()
+            if run.due("validation", 6):
+                run.record(**validation.scores(nets.smooth_encoder, nets.smooth_generator))
+                run.sheet(validation.sheet(nets.smooth_encoder, nets.smooth_generator), 8)
+                nets.write(options.bundle, run)
+        checkpoint()
+        run.record(**validation.scores(nets.smooth_encoder, nets.smooth_generator))
+        run.sheet(validation.sheet(nets.smooth_encoder, nets.smooth_generator), 8)
+        nets.write(options.bundle, run)
+
+
+@dataclass(frozen=True)
+class Judges:
+    """The frozen nets that say how far a rendering is from its face."""
+
+    squeeze: SqueezeFeatures
+    identity: FaceIdentity
+
+    @classmethod
+    def load(cls, data: Path, device: torch.device) -> "Judges":
+        return cls(SqueezeFeatures(data).to(device), FaceIdentity(data, device))
+
+
+class Nets:
+    """Everything that learns, its optimisers and its running averages."""
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        config = GeneratorConfig(channels=recipe.channels)
+        form = {"device": device, "memory_format": torch.channels_last}
+        self.device = device
+        self.generator = Generator(config).to(**form)  # type: ignore[call-overload]
+        self.encoder = InversionEncoder(InversionConfig()).to(**form)  # type: ignore[call-overload]
+        self.discriminator = Discriminator(config.image_size, recipe.discriminator_channels)
+        self.discriminator.to(**form)  # type: ignore[call-overload]
+        self.optimiser = torch.optim.AdamW(
+            [*self.generator.parameters(), *self.encoder.parameters()],
+            lr=recipe.rate,
+            betas=(0.9, 0.98),
+        )
+        self.critic = torch.optim.Adam(
+            self.discriminator.parameters(), lr=recipe.discriminator_rate, betas=(0.0, 0.99)
+        )
+        self.smooth_generator = deepcopy(self.generator).eval().requires_grad_(False)
+        self.smooth_encoder = deepcopy(self.encoder).eval().requires_grad_(False)
+
+    def _parts(self) -> dict[str, nn.Module | torch.optim.Optimizer]:
+        return {
+            "generator": self.generator,
+            "encoder": self.encoder,
+            "discriminator": self.discriminator,
+            "optimiser": self.optimiser,
+            "critic": self.critic,
+            "smooth_generator": self.smooth_generator,
+            "smooth_encoder": self.smooth_encoder,
+        }
+
+    def state(self) -> State:
+        return {key: part.state_dict() for key, part in self._parts().items()}
+
+    def load(self, state: State) -> None:
+        for key, part in self._parts().items():
+            part.load_state_dict(state[key])
+
+    def start_from_bundle(self, folder: Path) -> int:
+        """Go on from a shipped bundle where no run folder is left; the images seen, else 0."""
+        try:
+            bundle = Bundle.open(folder)
+        except BundleError:
+            return 0
+        if not (bundle.has("generator") and bundle.has("inversion")):
+            return 0
+        self.generator.load_state_dict(bundle.tensors("generator"))
+        self.encoder.load_state_dict(bundle.tensors("inversion"))
+        if bundle.has("discriminator"):
+            self.discriminator.load_state_dict(bundle.tensors("discriminator"))
+        self.smooth_generator.load_state_dict(self.generator.state_dict())
+        self.smooth_encoder.load_state_dict(self.encoder.state_dict())
+        return int(bundle.provenance("generator")["images"])
+
+    @torch.no_grad()
+    def average(self, recipe: Recipe, images: int) -> None:
+        """Exponential moving average over about `ema_images` pictures, fewer at the start."""
+        span = min(recipe.ema_images, images // 10 + 1)
+        keep = 0.5 ** (recipe.batch / span)
+        for smooth, live in (
+            (self.smooth_generator, self.generator),
+            (self.smooth_encoder, self.encoder),
+        ):
+            ours, theirs = smooth.state_dict(), live.state_dict()
+            floating = [key for key, value in ours.items() if value.is_floating_point()]
+            torch._foreach_lerp_(  # one call instead of a loop over 200 tensors
+                [ours[key] for key in floating], [theirs[key] for key in floating], 1 - keep
+            )
+
+    def write(self, folder: Path, run: Run) -> None:
+        """Write G, E and D to the bundle, so that a later run can go on from there alone."""
+        provenance = run.provenance()
+        for net, module, config in (
+            ("generator", self.smooth_generator, self.generator.config.to_json()),
+            ("inversion", self.smooth_encoder, self.encoder.config.to_json()),
+            ("discriminator", self.discriminator, {}),
+        ):
+            write_net(
+                folder, net, config=config, tensors=module.state_dict(), provenance=provenance
+            )
+
+
+def learning_rate(recipe: Recipe, images: int) -> float:
+    """Linear warm-up, constant, then falling with the square root: no end has to be known."""
+    rise = min(1.0, (images + recipe.batch) / recipe.warmup)
+    fall = min(1.0, (recipe.rate_falls_after / max(images, 1)) ** 0.5)
+    return recipe.rate * rise * fall
+
+
+def noisy(w: Tensor, snr_db: Tensor, draws: torch.Generator) -> Tensor:
+    """The posterior mean of w [B, D] after AWGN at snr_db [B]: (w + n) / (1 + N0)."""
+    noise_variance = snr_db_to_noise_variance(snr_db).to(w)[:, None]
+    noise = torch.randn(w.shape, generator=draws).to(w)
+    return (w + noise_variance.sqrt() * noise) / (1 + noise_variance)
+
+
+def draw_snr_db(recipe: Recipe, images: int, draws: torch.Generator) -> Tensor:
+    """[B] uniform SNRs; the lower end falls from high to low as training goes on."""
+    done = min(1.0, images / recipe.snr_widened_at)
+    low = recipe.snr_low_first_db + done * (recipe.snr_low_db - recipe.snr_low_first_db)
+    return low + (recipe.snr_high_db - low) * torch.rand(recipe.batch, generator=draws)
+
+
+def energy_distance(a: Tensor, b: Tensor) -> Tensor:
+    """2 E|a - b| - E|a - a'| - E|b - b'| between samples [N, D] and [M, D]; zero for one law."""
+
+    def within(x: Tensor) -> Tensor:
+        return F.pdist(x).mean()
+
+    return 2 * torch.cdist(a, b).mean() - within(a) - within(b)
+
+
+def reconstruct(
+    nets: Nets, judges: Judges, real: Tensor, recipe: Recipe, images: int, draws: torch.Generator
+) -> dict[str, Tensor]:
+    """One step of E, G and the mapping network; returns its losses."""
+    for group in nets.optimiser.param_groups:
+        group["lr"] = learning_rate(recipe, images)
+    with torch.no_grad(), torch.autocast(real.device.type, torch.bfloat16):
+        features = judges.squeeze(real)
+    with torch.autocast(real.device.type, torch.bfloat16):
+        w = nets.encoder(real)  # [B, 512]
+        received = noisy(w, draw_snr_db(recipe, images, draws), draws)
+        rendering = nets.generator.synthesis(received)
+        perceptual = judges.squeeze.distance(rendering, features).mean()
+    mse = (rendering - real).square().mean()
+    loss = recipe.mse * mse + recipe.perceptual * perceptual
+    report = {"mse": mse, "perceptual": perceptual}
+    if images >= recipe.identity_from:
+        with torch.no_grad():
+            person = judges.identity(real)
+        cosine = (judges.identity(rendering) * person).sum(1).mean()
+        loss = loss + recipe.identity * (1 - cosine)
+        report["identity"] = cosine
+    z = torch.randn(4 * len(w), w.shape[1], generator=draws).to(w)
+    sampled = nets.generator.mapping(z)
+    distance = energy_distance(sampled, w.detach())
+    loss = loss + recipe.energy * distance
+    report["energy"] = distance
+    if images >= recipe.adversary_from:
+        with frozen(nets.discriminator), torch.autocast(real.device.type, torch.bfloat16):
+            fakes = torch.cat([rendering, nets.generator.synthesis(sampled[: len(w) // 2])])
+            fooled = F.softplus(-nets.discriminator(augment(fakes, draws))).mean()
+        loss = loss + recipe.adversary * fooled
+        report["fooled"] = fooled
+    nets.optimiser.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_([*nets.generator.parameters(), *nets.encoder.parameters()], 1.0)
+    nets.optimiser.step()
+    return report
+
+
+def discriminate(
+    nets: Nets, real: Tensor, recipe: Recipe, step: int, draws: torch.Generator
+) -> dict[str, Tensor]:
+    """One step of D on real faces, renderings and sampled faces; lazy R1 on the real ones."""
+    half = len(real) // 2
+    with torch.no_grad(), torch.autocast(real.device.type, torch.bfloat16):
+        z = torch.randn(len(real) - half, nets.generator.config.z_dim, generator=draws)
+        latents = torch.cat([nets.encoder(real[:half]), nets.generator.mapping(z.to(real))])
+        fakes = nets.generator.synthesis(latents)
+    with torch.autocast(real.device.type, torch.bfloat16):
+        on_fakes = nets.discriminator(augment(fakes, draws))
+        on_real = nets.discriminator(augment(real, draws))
+    loss = F.softplus(on_fakes).mean() + F.softplus(-on_real).mean()
+    if step % recipe.r1_every == 0:  # in float32: the second derivative does not survive bf16
+        exact = augment(real, draws).detach().requires_grad_(True)
+        (slope,) = torch.autograd.grad(nets.discriminator(exact).sum(), exact, create_graph=True)
+        penalty = slope.square().sum((1, 2, 3)).mean()
+        loss = loss + recipe.r1_gamma / 2 * recipe.r1_every * penalty
+    nets.critic.zero_grad(set_to_none=True)
+    loss.backward()
+    nets.critic.step()
+    return {"d_real": on_real.mean(), "d_fake": on_fakes.mean()}
+
+
+def augment(images: Tensor, draws: torch.Generator) -> Tensor:
+    """DiffAugment (Zhao et al. 2020): brightness, saturation, contrast, translation, cutout."""
+    count, _, size, _ = images.shape
+
+    def uniform(low: float, high: float) -> Tensor:
+        return (low + (high - low) * torch.rand(count, 1, 1, 1, generator=draws)).to(images)
+
+    grey = images.mean(1, keepdim=True)
+    images = grey + (images - grey) * uniform(0.5, 1.5)
+    level = images.mean((1, 2, 3), keepdim=True)
+    images = level + (images - level) * uniform(0.6, 1.4) + uniform(-0.4, 0.4)
+    reach = size // 8
+    padded = F.pad(images, (reach,) * 4)
+    shifts = torch.randint(0, 2 * reach + 1, (count, 2), generator=draws).tolist()
+    moved = [padded[i, :, y : y + size, x : x + size] for i, (y, x) in enumerate(shifts)]
+    images = torch.stack(moved).contiguous(memory_format=torch.channels_last)
+    corners = torch.randint(-size // 4, size, (count, 2), generator=draws)
+    row = torch.arange(size)
+    inside = [
+        (row[None] >= corners[:, axis, None]) & (row[None] < corners[:, axis, None] + size // 2)
+        for axis in (0, 1)
+    ]
+    hole = inside[0][:, :, None] & inside[1][:, None, :]  # [B, S, S]
+    return images * (~hole)[:, None].to(images)
+
+
+class Validation:
+    """The same faces and the same noise every time, so scores of two moments can be compared."""
+
+    SNRS_DB = (-6.0, 12.0, 18.0)
+
+    def __init__(self, faces: FaceSet, judges: Judges) -> None:
+        self.faces = faces.batch(torch.arange(len(faces)))
+        self.judges = judges
+
+    def _renderings(
+        self, encoder: InversionEncoder, generator: Generator, snr_db: float, count: int
+    ) -> Tensor:
+        device = next(encoder.parameters()).device
+        draws = torch.Generator().manual_seed(1)
+        out = []
+        for batch in self.faces[:count].split(32):
+            snr = torch.full((len(batch),), snr_db)
+            out.append(generator.synthesis(noisy(encoder(batch.to(device)), snr, draws)))
+        return torch.cat(out).clamp(-1, 1)
+
+    @torch.no_grad()
+    def scores(self, encoder: InversionEncoder, generator: Generator) -> dict[str, float]:
+        """PSNR (dB), identity cosine and uncalibrated perceptual distance at each SNR."""
+        result = {}
+        faces = self.faces.to(next(encoder.parameters()).device)
+        person, features = self.judges.identity(faces), self.judges.squeeze(faces)
+        for snr_db in self.SNRS_DB:
+            made = self._renderings(encoder, generator, snr_db, len(faces))
+            mse = (made - faces).square().mean((1, 2, 3)) / 4
+            at = f"{snr_db:g}dB"
+            result[f"psnr_{at}"] = float((-10 * mse.log10()).mean())
+            result[f"id_{at}"] = float((self.judges.identity(made) * person).sum(1).mean())
+            result[f"perc_{at}"] = float(self.judges.squeeze.distance(made, features).mean())
+        return result
+
+    @torch.no_grad()
+    def sheet(self, encoder: InversionEncoder, generator: Generator) -> Tensor:
+        """Rows of eight: faces, received at 12 dB and at -6 dB (twice), then sampled faces."""
+        rows = []
+        for first in (0, 8):
+            part = slice(first, first + 8)
+            rows.append(self.faces[part])
+            for snr_db in (12.0, -6.0):
+                rows.append(self._renderings(encoder, generator, snr_db, first + 8)[part].cpu())
+        device = next(encoder.parameters()).device
+        z = torch.randn(16, generator.config.z_dim, generator=torch.Generator().manual_seed(2))
+        rows.append(generator(z.to(device)).cpu().clamp(-1, 1))
+        return torch.cat(rows)

@@ -1,0 +1,141 @@
+"""Photo -> latent: one pass of the inversion encoder, then Adam on Eq. (8) of the paper.
+
+::
+
+    image [B, 3, 128, 128] --encoder--> w0 [B, 512] --steps of Adam through G--> w [B, 512]
+
+The paper starts 110 steps from a random z. The encoder's answer is a far better start, so 0
+(`fast`) or 10 (`balanced`) steps are enough to send; `paper` keeps the 110.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shared.bundle import Bundle
+from shared.errors import Cancelled, InvalidRequest
+from shared.stylegan2 import Generator, to_sphere
+from transmitter.predictor import Predictor
+
+
+@dataclass(frozen=True)
+class InversionConfig:
+    """Sizes of the inversion encoder: channels at image_size / 2, / 4, ... down to 4 px."""
+
+    image_size: int = 128
+    channels: tuple[int, ...] = (64, 128, 192, 256, 384)
+    w_dim: int = 512
+
+    def __post_init__(self) -> None:
+        expected = int(math.log2(self.image_size)) - 2
+        if len(self.channels) != expected:
+            raise InvalidRequest(
+                f"got {len(self.channels)} channel counts for {self.image_size} px, "
+                f"expected {expected}"
+            )
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "InversionConfig":
+        return cls(**{**values, "channels": tuple(values["channels"])})
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class _Residual(nn.Module):
+    """Two batch-normalised 3x3 convolutions around a skip; halves the size when `down`."""
+
+    def __init__(self, in_channels: int, out_channels: int, down: bool) -> None:
+        super().__init__()
+        self.down = down
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(out_channels)
+        self.skip = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+        nn.init.zeros_(self.norm2.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.down:
+            x = F.avg_pool2d(x, 2)
+        y = F.leaky_relu(self.norm1(self.conv1(x)), 0.2)
+        return F.leaky_relu(self.skip(x) + self.norm2(self.conv2(y)), 0.2)
+
+
+class InversionEncoder(nn.Module):
+    """image [B, 3, S, S] in [-1, 1] -> w [B, w_dim]: zero mean, unit variance, on the sphere.
+
+    The last normalisation has no learned scale or shift: a latent with a mean would spend transmit
+    power on something that both ends know.
+    """
+
+    def __init__(self, config: InversionConfig) -> None:
+        super().__init__()
+        self.config = config
+        channels = config.channels
+        self.stem = nn.Conv2d(12, channels[0], 3, padding=1)
+        blocks = [_Residual(channels[0], channels[0], down=False)]
+        for above, here in zip(channels, channels[1:], strict=False):
+            blocks.append(_Residual(above, here, down=True))
+        blocks.append(_Residual(channels[-1], channels[-1], down=False))
+        self.blocks = nn.Sequential(*blocks)
+        self.head = nn.Linear(channels[-1] * 16, config.w_dim)
+        self.whiten = nn.BatchNorm1d(config.w_dim, affine=False, momentum=0.02)
+
+    @classmethod
+    def from_bundle(cls, bundle: Bundle) -> "InversionEncoder":
+        encoder = cls(InversionConfig.from_json(bundle.config("inversion")))
+        return bundle.load_into("inversion", encoder).to(memory_format=torch.channels_last)
+
+    def forward(self, image: Tensor) -> Tensor:
+        size = self.config.image_size
+        if image.shape[1:] != (3, size, size):
+            raise InvalidRequest(
+                f"got pictures of shape {tuple(image.shape)}, expected [B, 3, {size}, {size}]"
+            )
+        x = F.pixel_unshuffle(image, 2).contiguous(memory_format=torch.channels_last)
+        x = self.blocks(F.leaky_relu(self.stem(x), 0.2))  # [B, C, 4, 4]
+        return to_sphere(self.whiten(self.head(x.flatten(1)).float()))  # [B, w_dim]
+
+
+def invert(
+    image: Tensor,
+    encoder: InversionEncoder,
+    generator: Generator,
+    predictor: Predictor | None,
+    steps: int,
+    *,
+    rate: float = 0.05,
+    perceptual_weight: float = 1.0,
+    cancelled: Callable[[], bool] | None = None,
+) -> Tensor:
+    """The latent w [B, 512] whose rendering is closest to image [B, 3, S, S].
+
+    Minimises Eq. (8), |G(w) - image|^2 + lambda_inv |F(G(w)) - F(image)|^2 with F the predictor's
+    features, by `steps` of Adam from the encoder's answer; every step ends on the sphere of
+    latents. Raises Cancelled when `cancelled()` turns true.
+    """
+    with torch.no_grad():
+        start = encoder(image)
+    if steps == 0:
+        return start
+    w = start.clone().requires_grad_(True)
+    optimiser = torch.optim.Adam([w], lr=rate, betas=(0.9, 0.99))
+    for step in range(steps):
+        if cancelled is not None and cancelled():
+            raise Cancelled(f"inversion dropped after {step} of {steps} steps: the caller is gone")
+        for group in optimiser.param_groups:  # a short ramp down keeps the last steps from jumping
+            group["lr"] = rate * min(1.0, 2.0 * (steps - step) / steps)
+        rendering = generator.synthesis(to_sphere(w))
+        loss = (rendering - image).square().mean((1, 2, 3)).sum()  # Eq. (8), pixel term
+        if predictor is not None and perceptual_weight > 0:
+            loss = loss + perceptual_weight * predictor.perceptual(rendering, image).sum()
+        (gradient,) = torch.autograd.grad(loss, w)
+        w.grad = gradient
+        optimiser.step()
+    return to_sphere(w.detach())
