@@ -129,12 +129,11 @@ class LinearCode:
             spectrum.float(),
         )
 
-    def distortion(self, noise_variance: float) -> float:
-        """D / sum lambda: the share of the variance that the linear code leaves, 0..1."""
-        noise = torch.tensor([noise_variance], device=self.spectrum.device)
-        power = water_fill(self.spectrum, noise)[0]
-        left = (self.spectrum * noise_variance / (power + noise_variance)).sum()
-        return float(left / self.spectrum.sum())
+    def distortion(self, noise_variance: Tensor) -> Tensor:
+        """D / sum lambda, the share of the variance that the linear code leaves: N0 [B] -> [B]."""
+        power = water_fill(self.spectrum, noise_variance)  # [B, k]
+        noise = noise_variance.unsqueeze(1)  # [B, 1]
+        return (self.spectrum * noise / (power + noise)).sum(dim=1) / self.spectrum.sum()
 
 
 def water_fill(spectrum: Tensor, noise_variance: Tensor) -> Tensor:
