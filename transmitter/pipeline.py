@@ -1,0 +1,248 @@
+"""The transmitter: a photograph and a sentence in, power-normalised symbols out.
+
+::
+
+    photo --decode--> pixels --find, align--> face [1, 3, 128, 128] --invert--> w [1, 512]
+    sentence --read--> edit ---------------------------------------------.      |
+                                                                         match (JECC)
+    symbols x [1, 256] <--channel encoder (knows the SNR)---- w' <--------------'
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shared.adapters import ChannelEncoder
+from shared.attributes import Edit
+from shared.bundle import Bundle
+from shared.errors import Cancelled, InvalidRequest, NoFaceFound
+from shared.images import decode_photo, to_float
+from shared.stylegan2 import Generator
+from transmitter.editing import Fields, match
+from transmitter.faces import FaceFinder, align
+from transmitter.inversion import InversionEncoder, invert
+from transmitter.predictor import Predictor
+from transmitter.text import Reading, TextReader
+
+Quality = Literal["fast", "balanced", "paper"]
+INVERSION_STEPS: dict[Quality, int] = {"fast": 0, "balanced": 10, "paper": 110}
+NO_EDIT = "-"  # the sentence that sends a photograph as it is
+
+
+@dataclass(frozen=True)
+class Transmission:
+    """What one message was made of.
+
+    symbols: [1, 256] complex64, mean |x|^2 = 1. before, after: degrees 0..5 of the five attributes
+    as the predictor sees them in the rendering before and after the edit; before and expected are
+    None where nothing was edited. faces_found: 0 where the picture came aligned. aligned:
+    [1, 3, 128, 128] what was inverted; sent: what a receiver behind a perfect channel would draw.
+    """
+
+    symbols: Tensor
+    edit: Edit | None
+    confidence: float | None
+    before: tuple[int, ...] | None
+    expected: int | None
+    after: tuple[int, ...]
+    reached: bool | None
+    match_steps: int
+    faces_found: int
+    aligned: Tensor
+    sent: Tensor
+    timings_ms: dict[str, float]
+
+
+class Transmitter:
+    """Inference only: `transmitter(photo, sentence, snr_db=6.0)` gives the symbols."""
+
+    def __init__(
+        self,
+        *,
+        finder: FaceFinder,
+        reader: TextReader,
+        encoder: InversionEncoder,
+        generator: Generator,
+        predictor: Predictor,
+        fields: Fields,
+        channel_encoder: ChannelEncoder,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.device = torch.device(device)
+        self.finder = finder
+        self.reader = reader
+        self.encoder = encoder.to(self.device)
+        self.generator = generator.to(self.device)
+        self.predictor = predictor.to(self.device)
+        self.fields = fields.to(self.device)
+        self.channel_encoder = channel_encoder.to(self.device)
+
+    @classmethod
+    def from_bundle(cls, bundle: Bundle, device: torch.device | str = "cpu") -> "Transmitter":
+        """Load every net of the transmitter. Raises BundleError where one is missing or broken."""
+        return cls(
+            finder=FaceFinder.from_bundle(bundle),
+            reader=TextReader.from_bundle(bundle),
+            encoder=InversionEncoder.from_bundle(bundle),
+            generator=Generator.from_bundle(bundle),
+            predictor=Predictor.from_bundle(bundle),
+            fields=Fields.from_bundle(bundle),
+            channel_encoder=ChannelEncoder.from_bundle(bundle),
+            device=device,
+        )
+
+    @property
+    def image_size(self) -> int:
+        return self.generator.config.image_size
+
+    def __call__(
+        self,
+        photo: bytes | Tensor,
+        instruction: str,
+        *,
+        snr_db: float,
+        quality: Quality = "balanced",
+    ) -> Tensor:
+        """photo: bytes of an upload, or uint8 [3, H, W] -> symbols [1, 256] complex64."""
+        return self.transmit(photo, instruction, snr_db=snr_db, quality=quality).symbols
+
+    def read(self, instruction: str) -> Reading:
+        """The edit that a sentence asks for. Raises InstructionRefused where it asks for none."""
+        return self.reader(instruction)
+
+    def transmit(
+        self,
+        photo: bytes | Tensor,
+        instruction: str,
+        *,
+        snr_db: float,
+        quality: Quality = "balanced",
+        align: bool = True,
+        cancelled: Callable[[], bool] | None = None,
+        progress: Callable[[str, float], None] | None = None,
+    ) -> Transmission:
+        """Invert, edit and encode one photograph.
+
+        instruction: a sentence, or "-" to send the face unedited. snr_db: what the channel is
+        expected to be. align: find the largest face and cut it out; without, the picture must be
+        square. Raises InvalidRequest and its kinds for what cannot be sent, Cancelled once
+        `cancelled()` is true.
+        """
+        if quality not in INVERSION_STEPS:
+            raise InvalidRequest(
+                f"got quality {quality!r}, expected one of {', '.join(INVERSION_STEPS)}"
+            )
+        watch = _Watch(cancelled, progress)
+        with watch("read"):  # first: a refused sentence should not cost an inversion
+            reading = None if instruction.strip() == NO_EDIT else self.read(instruction)
+        with watch("decode"):
+            pixels = decode_photo(photo) if isinstance(photo, bytes) else photo  # [3, H, W]
+        with watch("align"):
+            face, faces_found = self._aligned(pixels, align)
+        with watch("invert"):
+            face = face.to(self.device)
+            steps = INVERSION_STEPS[quality]
+            w = invert(
+                face, self.encoder, self.generator, self.predictor, steps, cancelled=cancelled
+            )
+        before, expected, reached, match_steps = None, None, None, 0
+        with watch("edit"):
+            if reading is not None:
+                found = match(
+                    w,
+                    reading.edit,
+                    generator=self.generator,
+                    fields=self.fields,
+                    predictor=self.predictor,
+                    limits=quality,
+                    cancelled=cancelled,
+                    progress=watch.within("edit"),
+                )
+                w, expected, reached = found.w, found.expected, found.reached
+                before, match_steps = _degrees(found.before), found.steps
+        with watch("encode"), torch.no_grad():
+            symbols = self.channel_encoder(w, snr_db)  # [1, 256]
+        with watch("draw"), torch.no_grad():
+            sent = self.generator.synthesis(w).clamp(-1, 1)
+            after = _degrees(self.predictor.degrees(sent)[0])
+        return Transmission(
+            symbols=symbols.cpu(),
+            edit=None if reading is None else reading.edit,
+            confidence=None if reading is None else reading.confidence,
+            before=before,
+            expected=expected,
+            after=after,
+            reached=reached,
+            match_steps=match_steps,
+            faces_found=faces_found,
+            aligned=face.cpu(),
+            sent=sent.cpu(),
+            timings_ms=watch.timings_ms(),
+        )
+
+    def _aligned(self, pixels: Tensor, find: bool) -> tuple[Tensor, int]:
+        """The face [1, 3, S, S] in [-1, 1], and how many faces the picture showed."""
+        size = self.image_size
+        height, width = pixels.shape[1:]
+        if not find:
+            if height != width:
+                raise InvalidRequest(
+                    f"got a {width} x {height} px picture with align=false, expected a square one"
+                )
+            image = to_float(pixels)
+            if height != size:
+                image = F.interpolate(image, (size, size), mode="bicubic", antialias=True)
+            return image.clamp(-1, 1), 0
+        faces = self.finder(pixels)
+        if not faces:
+            raise NoFaceFound(
+                f"found no face in this {width} x {height} px picture; expected a photo that shows"
+                " one clearly (send align=false if it is an aligned face already)"
+            )
+        return align(pixels, faces[0].points, size), len(faces)
+
+
+def _degrees(found: Tensor) -> tuple[int, ...]:
+    return tuple(int(degree) for degree in found)
+
+
+class _Watch:
+    """Times the stages, tells of them as they begin, and stops between them when asked."""
+
+    STAGES = ("read", "decode", "align", "invert", "edit", "encode", "draw")
+
+    def __init__(
+        self,
+        cancelled: Callable[[], bool] | None,
+        progress: Callable[[str, float], None] | None,
+    ) -> None:
+        self._cancelled, self._progress = cancelled, progress
+        self._milliseconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        if self._cancelled is not None and self._cancelled():
+            raise Cancelled(f"dropped before {stage}: the caller is gone")
+        if self._progress is not None:
+            self._progress(stage, self.STAGES.index(stage) / len(self.STAGES))
+        started = time.perf_counter()
+        yield
+        self._milliseconds[stage] = 1000 * (time.perf_counter() - started)
+
+    def within(self, stage: str) -> Callable[[float], None] | None:
+        """For a stage that can tell how far it is, 0..1."""
+        progress = self._progress
+        if progress is None:
+            return None
+        index, count = self.STAGES.index(stage), len(self.STAGES)
+        return lambda done: progress(stage, (index + done) / count)
+
+    def timings_ms(self) -> dict[str, float]:
+        """Milliseconds of every stage, and their total."""
+        return {**self._milliseconds, "total": sum(self._milliseconds.values())}
