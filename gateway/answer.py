@@ -142,7 +142,10 @@ class EditAnswer(_Frozen):
     fading: Fading
     k_factor_db: Annotated[float | None, Field(description="Rician only, in dB")]
     csi: Csi
-    fading_db: Annotated[float, Field(description="|h|^2 of this message in dB")]
+    fading_db: Annotated[
+        float | None,
+        Field(description="|h|^2 of this message in dB; null where only pilots tell of it"),
+    ]
     seed: int
     quality: Quality
     scheme: Scheme

@@ -145,7 +145,7 @@ class Link:
             sent = await self._transmit(photo, order, budget, caller, progress)
         tell("propagate", 0.0, budget.spent_ms())
         with budget.hop("propagate"):
-            crossed = await self._propagate(sent.frame, order, budget, caller)
+            crossed = await self._propagate(sent, order, budget, caller)
         tell("receive", 0.0, budget.spent_ms())
         with budget.hop("receive"):
             drawn = await self._receive(crossed.frame, budget, caller)
@@ -181,7 +181,7 @@ class Link:
             fading=order.fading,
             k_factor_db=order.k_factor_db if rician else None,
             csi=order.csi,
-            fading_db=crossed.fading_db[0] if crossed.fading_db else 0.0,
+            fading_db=round(crossed.fading_db[0], 3) if crossed.fading_db else None,
             seed=crossed.seed,
             quality=order.quality,
             scheme=order.scheme,
@@ -228,16 +228,17 @@ class Link:
         raise Unavailable("the transmitter ended its stream without a reply")
 
     async def _propagate(
-        self, frame: edsc_pb2.SymbolFrame, order: Order, budget: _Budget, caller: Caller
+        self, sent: edsc_pb2.TransmitReply, order: Order, budget: _Budget, caller: Caller
     ) -> edsc_pb2.PropagateReply:
         request = edsc_pb2.PropagateRequest(
-            frame=frame,
+            frame=sent.frame,
             channel=order.channel.value,
             fading=order.fading.value,
             k_factor_db=order.k_factor_db,
             csi=order.csi.value,
             snr_db=order.snr_db,
             seed=order.seed,
+            image_size=_png_width(sent.sent_png),
         )
         stub = edsc_pb2_grpc.ChannelStub(self._to("channel"))
         with _calling("channel"):
@@ -347,6 +348,11 @@ def _edit_read(edit: edsc_pb2.Edit) -> EditRead:
         confidence=round(edit.confidence, 4),
         description=edit.description,
     )
+
+
+def _png_width(png: bytes) -> int:
+    """Pixels, from the header chunk that every PNG begins with; 0 for no picture."""
+    return int.from_bytes(png[16:20], "big")
 
 
 def _degrees(degrees: Iterable[edsc_pb2.AttributeDegrees]) -> Degrees:

@@ -277,7 +277,7 @@ function showLink(answer) {
     ["Channel uses", `${answer.cbr.uses}${answer.cbr.pilot_uses ? ` (${answer.cbr.pilot_uses} pilots)` : ""}`],
     ["Channel", `${answer.channel}${fading}`],
     ...(answer.channel === "rician" ? [["K-factor", decibels(answer.k_factor_db)]] : []),
-    ...(answer.channel === "awgn" ? [] : [["Fade, |h|²", decibels(answer.fading_db.toFixed(1))]]),
+    ...(answer.channel === "awgn" || answer.fading_db === null ? [] : [["Fade, |h|²", decibels(answer.fading_db.toFixed(1))]]),
     ["SNR", decibels(answer.snr_db)],
     ["Faces found", String(answer.faces_found)],
     ["Matching steps", String(answer.match_steps)],

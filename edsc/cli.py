@@ -1,0 +1,293 @@
+"""`edsc`: one edit, many edits, the four processes, the recipes, the weights.
+
+Commands import what they need when they run, so `edsc --help` never waits for torch. Whatever goes
+wrong on purpose ends as one line on stderr and status 2.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from enum import StrEnum
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, Final, ParamSpec, TypeVar
+
+import typer
+
+from gateway.answer import (
+    DEFAULT_K_DB,
+    DEFAULT_SNR_DB,
+    K_MAX_DB,
+    K_MIN_DB,
+    MAX_SEED,
+    SNR_MAX_DB,
+    SNR_MIN_DB,
+    UNEDITED,
+    ChannelName,
+    Csi,
+    Fading,
+    Order,
+    Quality,
+)
+from shared.errors import EdscError, InvalidRequest
+from shared.settings import Settings
+
+app = typer.Typer(
+    name="edsc",
+    help="Edit a face photograph with a sentence, across a simulated radio channel.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain text: a mistake on the command line is a line, not a box
+)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+FAILED: Final = 2
+
+
+class RecipeName(StrEnum):
+    """What `edsc train` can train, in the order in which `all` does it."""
+
+    PREDICTOR = "predictor"
+    FACES = "faces"
+    TEXT = "text"
+    GENERATOR = "generator"
+    FIELDS = "fields"
+    ADAPTERS = "adapters"
+    ALL = "all"
+
+
+def one_line(command: Callable[P, R]) -> Callable[P, R]:
+    """Decorator of a command: an error of ours is one line on stderr and status 2."""
+
+    @wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return command(*args, **kwargs)
+        except (EdscError, OSError) as error:
+            typer.echo(f"edsc: {_words(error)}", err=True)
+            raise typer.Exit(FAILED) from None
+        except BrokenPipeError:  # `edsc parse | head`
+            raise typer.Exit(0) from None
+
+    return wrapped
+
+
+def _words(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__
+
+
+Url = Annotated[
+    str | None, typer.Option(help="a running gateway; otherwise the edit is made in this process")
+]
+Weights = Annotated[
+    Path | None, typer.Option("--weights", help="bundle folder; otherwise the shipped one")
+]
+Device = Annotated[str, typer.Option(help='torch device: "cpu", "cuda", "auto"')]
+
+
+@app.command()
+@one_line
+def edit(
+    photo: Annotated[Path, typer.Argument(help="the photograph")],
+    sentence: Annotated[str, typer.Argument(help='what to change; "-" sends the photo unedited')],
+    out: Annotated[Path, typer.Option("-o", "--out", help="PNG to write")],
+    snr_db: Annotated[
+        float, typer.Option(min=SNR_MIN_DB, max=SNR_MAX_DB, help="Es/N0 in dB")
+    ] = DEFAULT_SNR_DB,
+    channel: Annotated[ChannelName, typer.Option(help="law of the channel")] = ChannelName.AWGN,
+    fading: Annotated[Fading, typer.Option(help="a coefficient a message, or a use")] = (
+        Fading.BLOCK
+    ),
+    k_factor_db: Annotated[
+        float, typer.Option(min=K_MIN_DB, max=K_MAX_DB, help="Rician K in dB")
+    ] = DEFAULT_K_DB,
+    csi: Annotated[Csi, typer.Option(help="what the receiver knows of the fading")] = Csi.PERFECT,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=MAX_SEED, help="of fading and noise")
+    ] = None,
+    quality: Annotated[Quality, typer.Option(help="refinement: 0, 10 or 110 steps")] = (
+        Quality.BALANCED
+    ),
+    align: Annotated[bool, typer.Option(help="find and align the face")] = True,
+    url: Url = None,
+    weights: Weights = None,
+    device: Device = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="print the whole answer")] = False,
+) -> None:
+    """Edit one photograph and write what was received."""
+    from edsc.demo import summary
+    from edsc.runner import runner
+
+    order = Order(
+        instruction=sentence,
+        snr_db=snr_db,
+        channel=channel,
+        fading=fading,
+        k_factor_db=k_factor_db,
+        csi=csi,
+        quality=quality,
+        align=align,
+    )
+    if seed is not None:
+        order = Order(**{**vars(order), "seed": seed})
+    data = photo.read_bytes()
+    with runner(url, weights, device) as work:
+        done = work.edit(out.stem, data, order)
+    out.write_bytes(done.pictures["received"])
+    if as_json:
+        typer.echo(done.answer.model_dump_json())
+    else:
+        typer.echo(f"{summary(done.answer)}\nreceived    {out}")
+
+
+@app.command()
+@one_line
+def parse(
+    weights: Weights = None,
+) -> None:
+    """Read sentences on stdin, one a line; print the edit each asks for as a JSON object a line."""
+    from edsc.runner import edit_read
+    from shared.bundle import Bundle
+    from transmitter.text import TextReader
+
+    reader = TextReader.from_bundle(Bundle.open(weights))
+    for line in sys.stdin:
+        text = line.rstrip("\r\n")
+        typer.echo(json.dumps(_parse_one(text, reader, edit_read), ensure_ascii=False))
+
+
+def _parse_one(
+    text: str, reader: Callable[[str], Any], edit_read: Callable[..., Any]
+) -> dict[str, Any]:
+    if text.strip() == UNEDITED:
+        nothing = ("attribute", "mode", "direction", "value", "target", "confidence")
+        return {"text": text, **dict.fromkeys(nothing)}
+    try:
+        reading = reader(text)
+    except EdscError as error:
+        return {"text": text, "error": str(error)}
+    read = edit_read(reading.edit, reading.confidence).model_dump(exclude={"description"})
+    return {"text": text, **read}
+
+
+@app.command()
+@one_line
+def batch(
+    jobs: Annotated[
+        Path,
+        typer.Argument(
+            help="CSV with the columns image, instruction, snr_db, channel, seed, scheme"
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="folder for results.jsonl and the PNGs")],
+    url: Url = None,
+    weights: Weights = None,
+    device: Device = "cpu",
+) -> None:
+    """Run the edits of a CSV: a line of results.jsonl a job, in order, `error` where it failed."""
+    from edsc.batch import run_batch
+
+    done, failed = run_batch(jobs, out, url=url, weights=weights, device=device)
+    typer.echo(f"{done} edits done, {failed} failed: {out / 'results.jsonl'}")
+
+
+@app.command()
+@one_line
+def up(
+    free_ports: Annotated[bool, typer.Option(help="let the system choose the ports")] = False,
+    weights: Weights = None,
+) -> None:
+    """Start the four processes on this machine and serve until Ctrl-C."""
+    from edsc.up import Interrupted, Stack, interruptible, print_log, watch
+
+    try:
+        with (
+            interruptible(),
+            Stack(_settings(weights), free_ports=free_ports, log=print_log) as stack,
+        ):
+            typer.echo(f"the page is at {stack.url}  (Ctrl-C ends)")
+            watch(stack)
+    except Interrupted:
+        typer.echo("stopped", err=True)
+
+
+@app.command()
+@one_line
+def demo(
+    once: Annotated[bool, typer.Option("--once", help="end after the sample")] = False,
+    free_ports: Annotated[bool, typer.Option(help="let the system choose the ports")] = False,
+    weights: Weights = None,
+) -> None:
+    """Start the four processes, edit a sample face, print what happened, keep serving."""
+    from edsc.demo import run
+    from edsc.up import Interrupted, interruptible
+
+    try:
+        with interruptible():
+            run(_settings(weights), once=once, free_ports=free_ports)
+    except Interrupted:
+        typer.echo("stopped", err=True)
+
+
+@app.command()
+@one_line
+def train(
+    name: Annotated[RecipeName, typer.Argument(help="what to train")],
+    minutes: Annotated[float | None, typer.Option(min=0, help="stop after so long")] = None,
+    steps: Annotated[int | None, typer.Option(min=0, help="stop after so many steps")] = None,
+    data: Annotated[Path | None, typer.Option(help="folder laid out as ../shared/data")] = None,
+    bundle: Annotated[Path | None, typer.Option(help="bundle folder to write to")] = None,
+    runs: Annotated[
+        Path | None, typer.Option("--run", "--runs", help="folder for checkpoints, logs, sheets")
+    ] = None,
+    device: Device = "auto",
+    seed: Annotated[int, typer.Option(help="of everything random")] = 0,
+    fresh: Annotated[bool, typer.Option("--fresh", help="forget the last checkpoint")] = False,
+) -> None:
+    """Train one net, or all of them; goes on from the last checkpoint."""
+    from edsc.recipes import train_one
+
+    given = {"data": data, "bundle": bundle, "runs": runs, "minutes": minutes, "steps": steps}
+    options = {key: value for key, value in given.items() if value is not None}
+    train_one(name.value, **options, device=device, seed=seed, fresh=fresh)
+
+
+@app.command()
+@one_line
+def weights(
+    folder: Annotated[Path | None, typer.Argument(help="bundle; otherwise the shipped one")] = None,
+) -> None:
+    """Show a bundle: its nets with sizes and hashes, checked, and its scores."""
+    from edsc.recipes import describe_bundle
+
+    typer.echo(describe_bundle(folder))
+
+
+@app.command()
+@one_line
+def evaluate(
+    arguments: Annotated[
+        list[str] | None, typer.Argument(help="passed on to the benchmark; try -- --help")
+    ] = None,
+) -> None:
+    """Measure: edits end to end through the four processes (what `make bench` runs)."""
+    from evaluation.bench import main
+
+    if status := main(arguments or []):
+        raise typer.Exit(status)
+
+
+def _settings(weights: Path | None) -> Settings:
+    changes: dict[str, Any] = {} if weights is None else {"weights": weights.resolve()}
+    try:
+        return Settings(**changes)
+    except ValueError as error:
+        raise InvalidRequest(f"an EDSC_ setting is not valid: {error}") from None
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,99 @@
+"""`edsc train` and `edsc weights`: the recipes by name, and what they have made."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from shared.bundle import Bundle
+from shared.errors import InvalidRequest
+from training.run import RunOptions
+
+# What `all` trains, in order: the fields want the predictor, the generator and its inversion
+# encoder; the adapters want the generator.
+ORDER: Final = ("predictor", "faces", "text", "generator", "fields", "adapters")
+
+
+def recipe(name: str) -> Callable[[RunOptions], None]:
+    """The `train` of training/`name`.py. Raises InvalidRequest for an unknown name."""
+    match name:
+        case "predictor":
+            from training import predictor
+
+            return predictor.train
+        case "faces":
+            from training import faces
+
+            return faces.train
+        case "text":
+            from training import text
+
+            return text.train
+        case "generator":
+            from training import generator
+
+            return generator.train
+        case "fields":
+            from training import fields
+
+            return fields.train
+        case "adapters":
+            from training import adapters
+
+            return adapters.train
+        case _:
+            raise InvalidRequest(f"recipe is {name!r}; expected one of {', '.join(ORDER)}, all")
+
+
+def train_one(name: str, **options: Any) -> None:
+    """Train `name`, or everything in order for "all"; options as RunOptions has them.
+
+    A stop by SIGTERM inside `all` ends the recipe under way and goes no further.
+    """
+    chosen = RunOptions.default(**options)
+    names = ORDER if name == "all" else (name,)
+    for each in names:
+        if len(names) > 1:
+            print(f"-- {each}", flush=True)
+        recipe(each)(chosen)
+
+
+def describe_bundle(folder: Path | None) -> str:
+    """A bundle in lines: nets with sizes, hashes (checked) and provenance, then the scores.
+
+    Raises BundleError where a file is missing or is not what its hash says.
+    """
+    bundle = Bundle.open(folder, verify=True)
+    lines = [
+        f"{bundle.name}  {bundle.folder}",
+        f"digest {bundle.digest}",
+        "",
+        f"{'net':<14} {'MB':>7}  {'parameters':>11}  {'sha256':<16}  trained",
+    ]
+    total = 0
+    for net in bundle.nets:
+        entry = bundle.index["nets"][net]
+        count = sum(tensor.numel() for tensor in bundle.tensors(net).values())
+        total += int(entry["bytes"])
+        lines.append(
+            f"{net:<14} {entry['bytes'] / 1e6:>7.2f}  {count:>11,}  {entry['sha256'][:16]}  "
+            f"{_trained(bundle.provenance(net))}"
+        )
+    lines.append(f"{'all':<14} {total / 1e6:>7.2f}  every hash is right")
+    if bundle.scores:
+        lines += ["", "scores"]
+        lines += [f"  {name:<32} {_number(value)}" for name, value in bundle.scores.items()]
+    return "\n".join(lines)
+
+
+def _trained(provenance: dict[str, Any]) -> str:
+    images = provenance.get("images")
+    parts = (
+        f"{images:,} images" if isinstance(images, int) and images else "",
+        f"{provenance['hours']:g} h" if "hours" in provenance else "",
+        f"commit {provenance['commit']}" if "commit" in provenance else "",
+    )
+    return ", ".join(part for part in parts if part)
+
+
+def _number(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

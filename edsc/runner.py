@@ -1,0 +1,248 @@
+"""Two ways to make an edit, one answer: the pipelines in this process, or a gateway by URL.
+
+::
+
+    InProcess   photo --> Transmitter --> Channel --> Receiver --> answer + 3 PNGs   (no network)
+    Remote      photo --> POST /v1/edits                       --> answer + 3 PNGs
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, Protocol, Self
+
+import httpx
+
+from gateway.answer import (
+    PICTURES,
+    Bandwidth,
+    ChannelName,
+    Degrees,
+    EditAnswer,
+    EditRead,
+    Order,
+    images_at,
+    notes_on,
+)
+from gateway.store import StoredEdit
+from shared.attributes import ATTRIBUTES
+from shared.errors import DeadlineExceeded, EdscError, Unavailable, by_kind
+
+if TYPE_CHECKING:  # torch takes seconds to import: `edsc --help` and Remote do without
+    from shared.attributes import Edit
+    from transmitter.pipeline import Transmission
+
+PROBLEM_PREFIX: Final = "urn:edsc:problem:"
+
+
+class Runner(Protocol):
+    """Makes edits."""
+
+    def edit(self, edit_id: str, photo: bytes, order: Order) -> StoredEdit:
+        """One edit; raises EdscError."""
+        ...
+
+
+class InProcess:
+    """The pipelines of a bundle, in this process.
+
+    bundle: its folder, None for the shipped one. device: a torch device, or "auto".
+    """
+
+    def __init__(self, bundle: Path | None = None, device: str = "cpu") -> None:
+        from receiver.pipeline import Receiver
+        from shared.bundle import Bundle
+        from shared.compute import prepare
+        from transmitter.pipeline import Transmitter
+
+        opened = Bundle.open(bundle)
+        place = prepare(device, 0)
+        self._transmitter = Transmitter.from_bundle(opened, place)
+        self._receiver = Receiver.from_bundle(opened, place)
+
+    def edit(self, edit_id: str, photo: bytes, order: Order) -> StoredEdit:
+        """One edit. Same order and seed: the samples and pictures of the four processes."""
+        import torch
+
+        from channel_sim.channel import Channel, ChannelConfig
+        from shared.images import encode_png
+        from shared.symbols import average_power, cbr
+
+        start = perf_counter()
+        sent = self._transmitter.transmit(
+            photo,
+            order.instruction,
+            snr_db=order.snr_db,
+            quality=order.quality.value,
+            align=order.align,
+        )
+        config = ChannelConfig(
+            order.channel.value, order.fading.value, order.k_factor_db, order.csi.value
+        )
+        generator = torch.Generator().manual_seed(order.seed)
+        with _timed() as propagating:
+            reception = Channel(config)(sent.symbols.cpu(), order.snr_db, generator)
+        with _timed() as receiving:
+            image = self._receiver(reception)
+        height, width = image.shape[-2:]
+        spent = cbr(sent.symbols.shape[1], height, width, pilots=config.pilot_uses)
+        with _timed() as drawing:
+            pngs = [encode_png(picture) for picture in (sent.aligned, sent.sent, image)]
+        h = reception.h
+        answer = EditAnswer(
+            id=edit_id,
+            instruction=order.instruction,
+            edit=None if sent.edit is None else edit_read(sent.edit, sent.confidence or 0.0),
+            degrees=_degrees(sent),
+            reached=sent.reached,
+            match_steps=sent.match_steps,
+            faces_found=sent.faces_found,
+            notes=notes_on(
+                edited=sent.edit.attribute.value if sent.edit else None,
+                expected=sent.expected,
+                after=sent.after[sent.edit.attribute.index] if sent.edit else None,
+                reached=sent.reached,
+                faces_found=sent.faces_found,
+            ),
+            cbr=Bandwidth(
+                paper=spent.paper,
+                complex_uses=spent.complex_uses,
+                uses=spent.uses,
+                pilot_uses=config.pilot_uses,
+            ),
+            snr_db=order.snr_db,
+            channel=order.channel,
+            fading=order.fading,
+            k_factor_db=order.k_factor_db if order.channel is ChannelName.RICIAN else None,
+            csi=order.csi,
+            fading_db=None if h is None else round(10.0 * float(average_power(h).log10()), 3),
+            seed=order.seed,
+            quality=order.quality,
+            scheme=order.scheme,
+            timings_ms=_timings(
+                sent.timings_ms,
+                pictures=drawing.ms,
+                propagate=propagating.ms,
+                receive=receiving.ms,
+                total=(perf_counter() - start) * 1000.0,
+            ),
+            hops_ms={},
+            images=images_at(edit_id),
+        )
+        return StoredEdit(answer, dict(zip(PICTURES, pngs, strict=True)))
+
+
+class Remote:
+    """A gateway at `url`. Use as a context manager, or close it."""
+
+    def __init__(self, url: str, timeout_s: float = 120.0) -> None:
+        self._client = httpx.Client(base_url=url, timeout=timeout_s)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Hang up."""
+        self._client.close()
+
+    def edit(self, edit_id: str, photo: bytes, order: Order) -> StoredEdit:
+        """One edit over REST. The gateway gives it an id of its own."""
+        del edit_id
+        fields = {name: _form_value(value) for name, value in vars(order).items()}
+        done = self._ask("POST", "/v1/edits", files={"image": ("photo", photo)}, data=fields)
+        answer = EditAnswer.model_validate_json(done.content)
+        pictures = {}
+        for name in PICTURES:
+            pictures[name] = self._ask("GET", getattr(answer.images, name)).content
+        return StoredEdit(answer, pictures)
+
+    def _ask(self, method: str, path: str, **body: Any) -> httpx.Response:
+        try:
+            response = self._client.request(method, path, **body)
+        except httpx.TimeoutException as error:
+            raise DeadlineExceeded(f"{self._client.base_url} did not answer in time") from error
+        except httpx.HTTPError as error:
+            raise Unavailable(f"{self._client.base_url} does not answer: {error}") from error
+        if response.is_success:
+            return response
+        raise error_of(response)
+
+
+def error_of(response: httpx.Response) -> EdscError:
+    """The exception behind a problem+json answer, as it left the service that raised it."""
+    try:
+        body = response.json()
+        slug = str(body["type"]).removeprefix(PROBLEM_PREFIX)
+        kind = "".join(part.capitalize() for part in slug.split("-"))
+        return by_kind.get(kind, EdscError)(str(body["detail"]))
+    except (ValueError, KeyError, TypeError):
+        return EdscError(f"{response.request.url} answered {response.status_code}")
+
+
+def edit_read(edit: "Edit", confidence: float) -> EditRead:
+    """An Edit as the answer has it."""
+    return EditRead(
+        attribute=edit.attribute.value,
+        mode=edit.mode,
+        direction=edit.direction,
+        value=edit.value,
+        target=edit.target,
+        confidence=round(confidence, 4),
+        description=edit.describe(),
+    )
+
+
+class _timed:
+    """Milliseconds that a block took."""
+
+    ms = 0.0
+
+    def __enter__(self) -> "_timed":
+        self._start = perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ms = (perf_counter() - self._start) * 1000.0
+
+
+def _timings(transmit: Mapping[str, float], **others: float) -> dict[str, float]:
+    """The transmitter's stages and ours; no queue and no overhead, there is no network."""
+    stages = {name: ms for name, ms in transmit.items() if name != "total"}
+    return {name: round(ms, 3) for name, ms in {**stages, **others}.items()}
+
+
+def _degrees(sent: "Transmission") -> Degrees:
+    names = [attribute.value for attribute in ATTRIBUTES]
+    return Degrees(
+        before=None if sent.before is None else dict(zip(names, sent.before, strict=True)),
+        expected=(
+            {sent.edit.attribute.value: sent.expected}
+            if sent.edit is not None and sent.expected is not None
+            else {}
+        ),
+        after=dict(zip(names, sent.after, strict=True)),
+    )
+
+
+def _form_value(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+@contextmanager
+def runner(url: str | None, bundle: Path | None = None, device: str = "cpu") -> Iterator[Runner]:
+    """Remote for a `url`, InProcess otherwise; closed on the way out."""
+    if url is None:
+        yield InProcess(bundle, device)
+        return
+    with Remote(url) as remote:
+        yield remote
