@@ -23,43 +23,56 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="EDSC_", frozen=True, extra="ignore")
 
-    host: str = Field("127.0.0.1", description="address to bind; 0.0.0.0 in a container")
-    transmitter_port: int = Field(50051, ge=0, le=65535, description="0: any free port")
-    channel_port: int = Field(50052, ge=0, le=65535)
-    receiver_port: int = Field(50053, ge=0, le=65535)
-    gateway_port: int = Field(8000, ge=0, le=65535)
+    host: str = Field(default="127.0.0.1", description="address to bind; 0.0.0.0 in a container")
+    transmitter_port: int = Field(default=50051, ge=0, le=65535, description="0: any free port")
+    channel_port: int = Field(default=50052, ge=0, le=65535)
+    receiver_port: int = Field(default=50053, ge=0, le=65535)
+    gateway_port: int = Field(default=8000, ge=0, le=65535)
     metrics_port: int | None = Field(
-        None, ge=0, le=65535, description="HTTP port of a service's Prometheus metrics; unset: none"
+        default=None,
+        ge=0,
+        le=65535,
+        description="HTTP port of a service's Prometheus metrics; unset: none",
     )
 
     transmitter_target: str = Field(
-        "", description='gRPC target, e.g. "dns:///transmitter:50051"; empty: this machine'
+        default="", description='gRPC target, e.g. "dns:///transmitter:50051"; empty: this machine'
     )
     channel_target: str = ""
     receiver_target: str = ""
 
-    weights: Path | None = Field(None, description="bundle folder; unset: the shipped one")
-    device: str = Field("cpu", description='torch device: "cpu", "cuda", "cuda:1", "auto"')
-    threads: int = Field(0, ge=0, le=256, description="threads per inference; 0: torch's choice")
+    weights: Path | None = Field(default=None, description="bundle folder; unset: the shipped one")
+    device: str = Field(default="cpu", description='torch device: "cpu", "cuda", "cuda:1", "auto"')
+    threads: int = Field(
+        default=0, ge=0, le=256, description="threads per inference; 0: torch's choice"
+    )
 
     queue_size: int = Field(
-        16, ge=0, le=4096, description="requests waiting, beside the one served"
+        default=16, ge=0, le=4096, description="requests waiting, beside the one served"
     )
     default_deadline_s: float = Field(
-        60.0, gt=0, le=3600, description="limit on a call, also on one that asks for more time"
+        default=60.0,
+        gt=0,
+        le=3600,
+        description="limit on a call, also on one that asks for more time",
     )
-    drain_s: float = Field(10.0, ge=0, le=600, description="time for calls under way after SIGTERM")
-    max_message_mib: int = Field(24, ge=1, le=512, description="largest gRPC message, MiB")
-    max_image_mib: int = Field(20, ge=1, le=256, description="largest photo, MiB")
-    max_sentence: int = Field(2000, ge=1, description="longest sentence, characters")
+    drain_s: float = Field(
+        default=10.0, ge=0, le=600, description="time for calls under way after SIGTERM"
+    )
+    max_message_mib: int = Field(default=24, ge=1, le=512, description="largest gRPC message, MiB")
+    max_image_mib: int = Field(default=20, ge=1, le=256, description="largest photo, MiB")
+    max_sentence: int = Field(default=2000, ge=1, description="longest sentence, characters")
     max_samples: int = Field(
-        2**20, ge=1, description="most complex samples in a frame: messages x uses"
+        default=2**20, ge=1, description="most complex samples in a frame: messages x uses"
     )
 
-    tls_certificate: Path | None = Field(None, description="PEM chain; with tls_key: serve TLS")
+    tls_certificate: Path | None = Field(
+        default=None, description="PEM chain; with tls_key: serve TLS"
+    )
     tls_key: Path | None = None
     tls_ca: Path | None = Field(
-        None, description="PEM: clients check servers against it, servers their clients (mTLS)"
+        default=None,
+        description="PEM: clients check servers against it, servers their clients (mTLS)",
     )
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
