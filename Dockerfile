@@ -6,43 +6,34 @@ ARG TORCH="torch==2.13.0"
 ARG PIP_TORCH_ARGS=""
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_NO_INPUT=1 PIP_ROOT_USER_ACTION=ignore
 
-WORKDIR /build
+WORKDIR /app
 RUN python -m venv /opt/edsc
 ENV PATH="/opt/edsc/bin:$PATH"
 
 # What changes least comes first: torch, then the other dependencies, then our code.
 COPY constraints.txt pyproject.toml ./
 # hadolint ignore=DL3013,SC2086
-RUN grep -v '^torch==' constraints.txt > others.txt \
-    && pip install --constraint others.txt ${PIP_TORCH_ARGS} "${TORCH}"
-RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" > wanted.txt \
-    && pip install --constraint others.txt --requirement wanted.txt
-COPY README.md LICENSE ./
-COPY shared shared
-COPY transmitter transmitter
-COPY channel_sim channel_sim
-COPY receiver receiver
-COPY gateway gateway
-COPY baselines baselines
-COPY training training
-COPY evaluation evaluation
-COPY edsc edsc
-RUN pip install --no-deps .
+RUN grep -v '^torch==' constraints.txt > /tmp/others.txt \
+    && pip install --constraint /tmp/others.txt ${PIP_TORCH_ARGS} "${TORCH}"
+RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" > /tmp/wanted.txt \
+    && pip install --constraint /tmp/others.txt --requirement /tmp/wanted.txt
+COPY . .
+# In place: the code finds weights/ and samples/ beside it, as in a checkout.
+RUN pip install --no-deps --editable .
 
 FROM python:3.11-slim
 
 RUN useradd --system --uid 10001 --no-create-home --shell /usr/sbin/nologin edsc
 COPY --from=build /opt/edsc /opt/edsc
-COPY weights /weights
+COPY --from=build /app /app
 
 ENV PATH="/opt/edsc/bin:$PATH" \
     PYTHONUNBUFFERED=1 \
-    PYTHONDONTWRITEBYTECODE=1 \
-    EDSC_WEIGHTS=/weights/celeba-128
+    PYTHONDONTWRITEBYTECODE=1
 
 USER 10001
-WORKDIR /tmp
-# Nothing is written outside /tmp, so the container runs with a read-only root and a tmpfs there.
+WORKDIR /app
+# Nothing is written outside /tmp: the container runs with a read-only root and a tmpfs there.
 EXPOSE 8000 50051 50052 50053
 STOPSIGNAL SIGTERM
 CMD ["python", "-m", "gateway"]
