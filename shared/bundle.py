@@ -3,13 +3,14 @@
 ::
 
     weights/celeba-128/
-        bundle.json              format, name, and for each net: file, sha256, bytes, config, provenance; scores
+        bundle.json              per net: file, sha256, bytes, config, provenance; scores of all
         generator.safetensors    one file per net, fp16 unless the net asks for more
         inversion.safetensors
         ...
 
 No pickles: loading a bundle runs no code. The hash of every file is checked before its tensors
-are used, and `Bundle.digest` names the whole, so both ends of a link can tell that they hold the same nets.
+are used, and `Bundle.digest` names the whole, so both ends of a link can tell that they hold the
+same nets.
 """
 
 import fcntl
@@ -35,7 +36,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def default_folder() -> Path:
-    """The bundle used when none is named: `EDSC_WEIGHTS`, else `weights/celeba-128` of this tree."""
+    """The bundle used when none is named: `EDSC_WEIGHTS`, else this tree's `weights/celeba-128`."""
     named = os.environ.get("EDSC_WEIGHTS")
     return Path(named) if named else Path(__file__).parents[1] / "weights" / "celeba-128"
 
@@ -105,7 +106,7 @@ class Bundle:
 
     @property
     def digest(self) -> str:
-        """sha256 over the names, hashes and configurations of the nets: the identity of the weights."""
+        """sha256 over names, hashes and configurations of the nets: the identity of the weights."""
         parts = {
             net: [entry["sha256"], entry["config"]] for net, entry in self.index["nets"].items()
         }
@@ -166,7 +167,7 @@ def write_net(
 ) -> None:
     """Add or replace one net of the bundle at `folder`, which is made where it is missing.
 
-    `half` stores floating tensors as fp16, which halves the file; values beyond +-65504 are refused.
+    `half` stores floating tensors as fp16, which halves the file; what overflows it is refused.
     Each file is replaced atomically, the index last, so a reader never sees half a net.
     """
     folder.mkdir(parents=True, exist_ok=True)

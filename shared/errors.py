@@ -23,7 +23,7 @@ from typing import ClassVar
 
 
 class EdscError(Exception):
-    """Anything this system raises on purpose; the message names what was got and what was expected."""
+    """Anything this system raises on purpose; the message names what was got and expected."""
 
     http_status: ClassVar[int] = 500
     grpc_code: ClassVar[str] = "INTERNAL"
@@ -42,7 +42,7 @@ class InvalidRequest(EdscError):
 
 
 class InstructionRefused(InvalidRequest):
-    """The sentence asks for nothing that this editor can change; the message says what can be asked."""
+    """The sentence asks for nothing that can be changed; the message says what can be asked."""
 
 
 class NoFaceFound(InvalidRequest):

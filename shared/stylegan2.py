@@ -12,14 +12,15 @@
 Karras et al., "Analyzing and Improving the Image Quality of StyleGAN" (2020), with three choices
 that this link needs or that CPUs like:
 
-* w lies on the sphere |w| = sqrt(w_dim), so the power constraint loses nothing and no scalar has to cross;
-* weights are initialised with the gain that equalised learning rates would apply at run time;
-* modulation scales the activations and demodulation the outputs (Eqs. 1 to 3 of that paper, the same
-  numbers as scaling the weights, without one set of weights per sample).
+* w lies on the sphere |w| = sqrt(w_dim): the power constraint loses nothing, no scalar crosses;
+* weights are initialised with the gain that equalised learning rates would apply each time;
+* modulation scales the activations and demodulation the outputs (Eqs. 1 to 3 of that paper: the
+  same numbers as scaling the weights, without one set of weights per sample).
 """
 
 import math
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ GAIN = math.sqrt(
 
 
 def default_channels(image_size: int, base: int = 16384, maximum: int = 512) -> tuple[int, ...]:
-    """Channels at 4, 8, ..., image_size: base / resolution, at most `maximum` (StyleGAN2's rule)."""
+    """Channels at 4, 8, ..., image_size: base / resolution, at most `maximum` (as StyleGAN2)."""
     return tuple(min(base // 2**k, maximum) for k in range(2, image_size.bit_length()))
 
 
@@ -102,7 +103,7 @@ class Mapping(nn.Module):
     def __init__(self, config: GeneratorConfig) -> None:
         super().__init__()
         sizes = [config.z_dim] + [config.w_dim] * config.mapping_layers
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
         for layer in self.layers:
             assert isinstance(layer, nn.Linear)
             nn.init.normal_(layer.weight, std=1 / math.sqrt(layer.in_features))
@@ -182,7 +183,7 @@ class ToRGB(nn.Module):
 
 
 class Synthesis(nn.Module):
-    """w [B, w_dim], or one per layer ws [B, num_ws, w_dim]  ->  image [B, 3, S, S], about [-1, 1]."""
+    """w [B, w_dim], or one per layer ws [B, num_ws, w_dim] -> image [B, 3, S, S], about [-1, 1]."""
 
     def __init__(self, config: GeneratorConfig) -> None:
         super().__init__()
@@ -215,7 +216,7 @@ class Synthesis(nn.Module):
 
 
 class Generator(nn.Module):
-    """Mapping and synthesis together; `generator(z)` draws faces, `generator.synthesis(w)` renders one."""
+    """`generator(z)` draws faces that never were; `generator.synthesis(w)` renders a latent."""
 
     def __init__(self, config: GeneratorConfig) -> None:
         super().__init__()
@@ -255,7 +256,7 @@ class Discriminator(nn.Module):
                     nn.Conv2d(a, b, 1, bias=False),
                 ]
             )
-            for a, b in zip(down, down[1:], strict=False)
+            for a, b in pairwise(down)
         )
         self.last = nn.Conv2d(down[-1] + 1, down[-1], 3, padding=1)
         self.head = nn.Linear(down[-1] * 16, down[-1])

@@ -1,6 +1,7 @@
-"""Augmentations for nets that judge pictures our generator drew: shifted, recoloured, softened, noisy.
+"""Augmentations for nets that judge our generator's pictures: shifts, colours, softness, noise.
 
-All randomness comes from the given CPU generator, and the geometry and colours differ from picture to picture.
+All randomness comes from the given CPU generator; geometry and colours differ from picture to
+picture.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def jitter_geometry(
     turn_deg: float = 6.0,
     zoom: float = 0.08,
 ) -> Tensor:
-    """Random flip, shift (as a fraction of the side), turn and zoom of [B,C,H,W]; borders are mirrored."""
+    """Random flip, shift (fraction of the side), turn and zoom of [B,C,H,W], borders mirrored."""
     n = len(image)
     angle = _uniform(n, -turn_deg, turn_deg, generator) * (math.pi / 180)
     size = 1 + _uniform(n, -zoom, zoom, generator)
@@ -43,7 +44,7 @@ def jitter_geometry(
 
 
 def jitter_colour(image: Tensor, generator: torch.Generator, strength: float = 1.0) -> Tensor:
-    """Random brightness, contrast, saturation and tint of [B,3,H,W] in [-1,1]; one picture in twelve goes grey."""
+    """Random brightness, contrast, saturation, tint of [B,3,H,W] in [-1,1]; some go grey."""
     n, shape = len(image), (len(image), 1, 1, 1)
     bright = strength * _uniform(n, -0.25, 0.25, generator).view(shape).to(image)
     contrast = 1 + strength * _uniform(n, -0.3, 0.3, generator).view(shape).to(image)
@@ -58,7 +59,7 @@ def jitter_colour(image: Tensor, generator: torch.Generator, strength: float = 1
 
 
 def resample(image: Tensor, side: int) -> Tensor:
-    """Down to side x side and up again: the softness of a low-resolution or heavily compressed picture."""
+    """Down to side x side and up again: as soft as a small or heavily compressed picture."""
     full = image.shape[-2:]
     small = F.interpolate(image, (side, side), mode="bilinear", antialias=True)
     return F.interpolate(small, full, mode="bilinear", align_corners=False)
@@ -80,11 +81,11 @@ def blur(image: Tensor, sigma_px: float) -> Tensor:
 def soften(image: Tensor, generator: torch.Generator) -> Tensor:
     """Soften parts of a batch: about a third stays sharp, a third is resampled, a third is blurred.
 
-    Softened pictures are what a short-trained generator draws: a judge that has only seen sharp photographs
-    reads their softness as youth and as a missing beard.
+    Softened pictures are what a short-trained generator draws: a judge that has only seen sharp
+    photographs reads their softness as youth and as a missing beard.
     """
     order = torch.randperm(len(image), generator=generator)
-    sharp, low, smooth = order.tensor_split(3)
+    _, low, smooth = order.tensor_split(3)
     out = image.clone()
     if len(low):
         for part in low.tensor_split(2):
@@ -103,7 +104,7 @@ def soften(image: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def add_noise(image: Tensor, generator: torch.Generator, largest: float = 0.08) -> Tensor:
-    """Gaussian noise, its standard deviation drawn per picture from 0..largest; half of the pictures stay clean."""
+    """Gaussian noise, its standard deviation 0..largest drawn per picture; half stay clean."""
     n = len(image)
     level = _uniform(n, -largest, largest, generator).clamp(min=0).view(n, 1, 1, 1).to(image)
     noise = torch.randn(image.shape, generator=generator).to(image)

@@ -97,7 +97,7 @@ def _rows(path: Path) -> dict[str, dict[str, str]]:
 
 
 class Order:
-    """Draws [B] indices epoch by epoch; `state` and `load` make a resumed run see the same pictures."""
+    """Draws [B] indices epoch by epoch; its state lets a resumed run see the same pictures."""
 
     def __init__(self, count: int, batch: int, generator: torch.Generator) -> None:
         if count < 1:
@@ -120,14 +120,15 @@ class Order:
         self.generator.set_state(state["generator"].cpu())
 
 
-CELEBA_LABELS = tuple(
+_LABELS = (
     "5_o_Clock_Shadow Arched_Eyebrows Attractive Bags_Under_Eyes Bald Bangs Big_Lips Big_Nose "
     "Black_Hair Blond_Hair Blurry Brown_Hair Bushy_Eyebrows Chubby Double_Chin Eyeglasses Goatee "
     "Gray_Hair Heavy_Makeup High_Cheekbones Male Mouth_Slightly_Open Mustache Narrow_Eyes No_Beard "
     "Oval_Face Pale_Skin Pointy_Nose Receding_Hairline Rosy_Cheeks Sideburns Smiling Straight_Hair "
     "Wavy_Hair Wearing_Earrings Wearing_Hat Wearing_Lipstick Wearing_Necklace Wearing_Necktie "
-    "Young".split()
+    "Young"
 )
+CELEBA_LABELS = tuple(_LABELS.split())
 
 
 def make_fake_data(folder: Path, count: int = 8, size: int = 128, seed: int = 0) -> Path:

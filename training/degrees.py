@@ -1,18 +1,19 @@
 """Degrees 0..5 out of CelebA's binary labels: ordered evidence, a monotone score, cut points.
 
-CelebA says only yes or no. The recipe orders the yeses into levels, learns one score per attribute whose
-cumulative thresholds separate the levels, then cuts that score into six classes at fixed quantiles:
+CelebA says only yes or no. The recipe orders the yeses into levels, learns one score per attribute
+whose cumulative thresholds separate the levels, then cuts that score into six classes at fixed
+quantiles:
 
-| attribute  | levels of evidence, in order                                                                  |
-|------------|-----------------------------------------------------------------------------------------------|
-| bangs      | no, Bangs                                                                                     |
-| eyeglasses | no, Eyeglasses                                                                                |
-| beard      | No_Beard, stubble (or unnamed), then + 1 for each of Goatee, Mustache, Sideburns              |
-| smiling    | no, Smiling, then + 1 for Mouth_Slightly_Open, + 1 for High_Cheekbones                        |
-| age        | Young, Young with bags or double chin, not Young, + Bags / Double_Chin / Bald, + 2 for Gray_Hair |
+    bangs       no; Bangs
+    eyeglasses  no; Eyeglasses
+    beard       No_Beard; stubble (or unnamed); + 1 for each of Goatee, Mustache, Sideburns
+    smiling     no; Smiling; + 1 for Mouth_Slightly_Open, + 1 for High_Cheekbones
+    age         Young; Young with bags, double chin ...; not Young;
+                + 1 for Bags_Under_Eyes, Double_Chin, Bald each, + 2 for Gray_Hair, at most + 2
 
-So degree 3 means "the middle of those who have it", not a measured length: the model card says so. Who has
-CelebA-Dialog's annotation trains with true degrees instead (`transmitter.predictor.read_celeba_dialog`).
+So degree 3 means "the middle of those who have it", not a measured length: the model card says so.
+Who has CelebA-Dialog's annotation trains with true degrees instead
+(`transmitter.predictor.read_celeba_dialog`).
 """
 
 from __future__ import annotations
@@ -34,15 +35,21 @@ QUANTILES: tuple[tuple[float, ...], ...] = (
     (0.15, 0.40, 0.65, 0.87),
     (0.06, 0.20, 0.62, 0.80, 0.93),
 )
-"""Where the score is cut. Four numbers: degrees 2..5 start at these quantiles of the faces that show the
-attribute at all (degree 1 starts where it is as likely as not). Five: degrees 1..5, of all faces."""
+"""Where the score is cut. Four numbers: degrees 2..5 start at these quantiles of the faces that
+show the attribute at all (degree 1 starts where it is as likely as not). Five: degrees 1..5, of all
+faces.
+"""
 
 MIN_GAP = 0.6
-"""Least distance of two cut points in logistic units, so that every degree can be the likeliest one."""
+"""Least distance of two cut points in logistic units, so that every degree can be the likeliest
+one.
+"""
 
 
 def levels(label: Callable[[str], Tensor]) -> Tensor:
-    """Binary labels -> levels of evidence [N,5] int64, at most LEVELS. `label(name)` gives [N] bool."""
+    """Binary labels -> levels of evidence [N,5] int64, at most LEVELS. `label(name)` gives [N]
+    bool.
+    """
     young, gray = label("Young"), label("Gray_Hair").long()
     wear = label("Bald").long() + label("Double_Chin").long() + label("Bags_Under_Eyes").long()
     bearded = ~label("No_Beard") | label("5_o_Clock_Shadow") | label("Goatee") | label("Mustache")
@@ -62,7 +69,8 @@ def levels(label: Callable[[str], Tensor]) -> Tensor:
 
 
 def cut_points(scores: Tensor, thresholds: Tensor) -> Tensor:
-    """Scores [N,5] of many faces and the first learnt threshold of each attribute [5] -> cut points [5,5].
+    """Scores [N,5] of many faces and the first learnt threshold of each attribute [5] -> cut points
+    [5,5].
 
     `thresholds[a]` is the score at which level 1 is as likely as level 0.
     """
@@ -88,7 +96,9 @@ def cut_points(scores: Tensor, thresholds: Tensor) -> Tensor:
 
 
 def auc(score: Tensor, positive: Tensor) -> float:
-    """Area under the ROC curve of a score [N] for a binary label [N]; ties count half; nan where one class is empty."""
+    """Area under the ROC curve of a score [N] for a binary label [N]; ties count half; nan where
+    one class is empty.
+    """
     n_positive, n_negative = int(positive.sum()), int((~positive).sum())
     if not n_positive or not n_negative:
         return float("nan")

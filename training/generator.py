@@ -103,7 +103,7 @@ def train(options: RunOptions, recipe: Recipe | None = None) -> None:
             run.images += recipe.batch
             nets.average(recipe, run.images)
             if run.due("report", 1):
-                run.record(**{key: float(value) for key, value in report.items()})
+                run.record(**{key: float(value.detach()) for key, value in report.items()})
             if run.due("checkpoint", 3):
                 checkpoint()
             if run.due("validation", 6):

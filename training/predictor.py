@@ -1,13 +1,17 @@
-"""Recipe: the attribute predictor P, from CelebA's labels (or CelebA-Dialog's degrees where there are some).
+"""Recipe: the attribute predictor P, from CelebA's labels (or CelebA-Dialog's degrees where there
+are some).
 
-    faces -> augmented (shifted, recoloured, softened, noisy) -> trunk -> five scores  -> cumulative logits: level of evidence
+    faces -> augmented (shifted, recoloured, softened, noisy) -> trunk -> five scores  -> cumulative
+    logits: level of evidence
                                                                   \\---> all 40 labels -> binary cross-entropy
 
-The labels beside the five make the features rich enough to serve as the perceptual distance, and act as a
-regulariser. At the end the scores of the training faces, half of them softened, are cut into six degrees
-(`training.degrees`), batch normalisation is folded, and the net is written to the bundle.
+The labels beside the five make the features rich enough to serve as the perceptual distance, and
+act as a regulariser. At the end the scores of the training faces, half of them softened, are cut
+into six degrees (`training.degrees`), batch normalisation is folded, and the net is written to the
+bundle.
 
-Put CelebA-Dialog's annotation at `data/celeba128/celeba_dialog.txt` to train with its degrees instead.
+Put CelebA-Dialog's annotation at `data/celeba128/celeba_dialog.txt` to train with its degrees
+instead.
 """
 
 from __future__ import annotations
@@ -34,7 +38,9 @@ DIALOG_FILE = "celeba_dialog.txt"
 
 @dataclass(frozen=True)
 class PredictorRecipe:
-    """Lengths and rates. `length` steps of `batch` faces: about 8 epochs, 8 minutes on two CPU cores."""
+    """Lengths and rates. `length` steps of `batch` faces: about 8 epochs, 8 minutes on two CPU
+    cores.
+    """
 
     length: int = 1800
     batch: int = 64
@@ -44,11 +50,13 @@ class PredictorRecipe:
     label_weight: float = 2.0
     checkpoint_minutes: float = 3.0
     report_steps: int = 100
-    calibration_faces: int = 6000
+    calibration_faces: int = 4000
 
 
 class Thresholds(nn.Module):
-    """Increasing thresholds [5,5] of the cumulative-link model; attribute a uses the first `tops[a]` of them."""
+    """Increasing thresholds [5,5] of the cumulative-link model; attribute a uses the first
+    `tops[a]` of them.
+    """
 
     used: Tensor
 
@@ -65,7 +73,7 @@ class Thresholds(nn.Module):
         )
 
     def loss(self, scores: Tensor, level: Tensor) -> Tensor:
-        """-log likelihood of "level > k" for every used threshold k; scores, level [B,5] -> scalar."""
+        """-log likelihood of "level > k" over the used thresholds; scores, level [B,5] -> scalar."""
         logits = scores[..., None] - self()  # [B, 5, 5]
         above = (level[..., None] > torch.arange(MAX_DEGREE, device=level.device)).float()
         each = F.binary_cross_entropy_with_logits(logits, above, reduction="none")
@@ -88,7 +96,9 @@ def targets(faces: FaceSet, options: RunOptions) -> tuple[Tensor, tuple[int, ...
 
 
 def train(options: RunOptions, *, net: str = NAME, recipe: PredictorRecipe | None = None) -> None:
-    """Train P and write it to `options.bundle` as `net`; resumes exactly. A judge is another `net` and seed."""
+    """Train P and write it to `options.bundle` as `net`; resumes exactly. A judge is another `net`
+    and seed.
+    """
     recipe = PredictorRecipe() if recipe is None else recipe
     with Run(net, options) as run:
         state = run.restore()
@@ -116,6 +126,8 @@ def train(options: RunOptions, *, net: str = NAME, recipe: PredictorRecipe | Non
                     "optimizer": optimizer.state_dict(),
                 }
             )
+
+        def ship() -> None:
             shipped = calibrate(model, thresholds, faces, recipe, dialog=tops[0] == MAX_DEGREE)
             scores = validate(shipped, held_out, options)
             run.record(**scores)
@@ -164,10 +176,13 @@ def train(options: RunOptions, *, net: str = NAME, recipe: PredictorRecipe | Non
             if run.due("checkpoint", recipe.checkpoint_minutes):
                 save()
         save()
+        ship()
 
 
 def learning_rate(recipe: PredictorRecipe, step: int, spent: float) -> float:
-    """Warm-up, then a cosine to zero at the end of the recipe or of the time given, whichever is nearer."""
+    """Warm-up, then a cosine to zero at the end of the recipe or of the time given, whichever is
+    nearer.
+    """
     progress = min(1.0, max(step / recipe.length, spent))
     ramp = min(1.0, (step + 1) / recipe.warm_up)
     return recipe.learning_rate * ramp * (0.5 + 0.5 * math.cos(math.pi * progress)) + 1e-6
@@ -188,7 +203,9 @@ def calibrate(
     *,
     dialog: bool,
 ) -> Predictor:
-    """The net to ship: normalisation folded, `cuts` set on training faces, every second one softened."""
+    """The net to ship: normalisation folded, `cuts` set on training faces, every second one
+    softened.
+    """
     shipped = model.fold().channels_last()
     if dialog:  # true degrees: the learnt thresholds are the cut points
         cuts = thresholds().detach()
@@ -205,15 +222,18 @@ def calibrate(
 
 
 def validate(model: Predictor, faces: FaceSet, options: RunOptions) -> dict[str, Any]:
-    """On faces of unseen people: AUC of "shows it at all" and "shows most of it", sharp and softened; accuracy
-    at the cut between degrees 0 and 1; rank agreement of degrees with levels (share of ordered pairs)."""
+    """On faces of unseen people: AUC of "shows it at all" and "shows most of it", sharp and
+    softened; accuracy at the cut between degrees 0 and 1; rank agreement of degrees with levels
+    (share of ordered pairs).
+    """
     level, tops, _ = targets(faces, options)
     images = faces.batch(torch.arange(len(faces)))
     sharp, soft = score_all(model, images), score_all(model, resample(images, 48))
     degrees = model.score_degrees(sharp.to(model.cuts.device)).cpu()
     result: dict[str, Any] = {}
     for index, attribute in enumerate(ATTRIBUTES):
-        # Age's first level (bags under young eyes) is weak evidence; "not Young" is what CelebA asked.
+        # Age's first level (bags under young eyes) is weak evidence; "not Young" is what
+        # CelebA asked.
         least = 2 if attribute == "age" and tops == LEVELS else 1
         some = level[:, index] >= least
         result[f"auc_{attribute}"] = auc(sharp[:, index], some)
@@ -227,7 +247,9 @@ def validate(model: Predictor, faces: FaceSet, options: RunOptions) -> dict[str,
 
 
 def ordered_pairs(score: Tensor, level: Tensor) -> float:
-    """Share of the pairs with different levels whose scores are in the same order; nan without such a pair."""
+    """Share of the pairs with different levels whose scores are in the same order; nan without such
+    a pair.
+    """
     higher = level[:, None] > level[None, :]
     pairs = int(higher.sum())
     agree = int((higher & (score[:, None] > score[None, :])).sum())

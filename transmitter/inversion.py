@@ -11,6 +11,7 @@ The paper starts 110 steps from a random z. The encoder's answer is a far better
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -80,7 +81,7 @@ class InversionEncoder(nn.Module):
         channels = config.channels
         self.stem = nn.Conv2d(12, channels[0], 3, padding=1)
         blocks = [_Residual(channels[0], channels[0], down=False)]
-        for above, here in zip(channels, channels[1:], strict=False):
+        for above, here in pairwise(channels):
             blocks.append(_Residual(above, here, down=True))
         blocks.append(_Residual(channels[-1], channels[-1], down=False))
         self.blocks = nn.Sequential(*blocks)
