@@ -69,8 +69,7 @@ def levels(label: Callable[[str], Tensor]) -> Tensor:
 
 
 def cut_points(scores: Tensor, thresholds: Tensor) -> Tensor:
-    """Scores [N,5] of many faces and the first learnt threshold of each attribute [5] -> cut points
-    [5,5].
+    """Scores [N,5] of many faces -> cut points [5,5], at least MIN_GAP apart.
 
     `thresholds[a]` is the score at which level 1 is as likely as level 0.
     """
@@ -96,9 +95,7 @@ def cut_points(scores: Tensor, thresholds: Tensor) -> Tensor:
 
 
 def auc(score: Tensor, positive: Tensor) -> float:
-    """Area under the ROC curve of a score [N] for a binary label [N]; ties count half; nan where
-    one class is empty.
-    """
+    """Area under the ROC curve of a score [N] for a label [N] bool; nan where a class is empty."""
     n_positive, n_negative = int(positive.sum()), int((~positive).sum())
     if not n_positive or not n_negative:
         return float("nan")

@@ -1,9 +1,8 @@
-"""Recipe: the attribute predictor P, from CelebA's labels (or CelebA-Dialog's degrees where there
-are some).
+"""Recipe: the attribute predictor P, from CelebA's labels or, where there are some, true degrees.
 
-    faces -> augmented (shifted, recoloured, softened, noisy) -> trunk -> five scores  -> cumulative
-    logits: level of evidence
-                                                                  \\---> all 40 labels -> binary cross-entropy
+    faces -> augmented (shifted, recoloured, softened, noisy) -> trunk
+                  |-> five scores -> cumulative logits of the level of evidence
+                  `-> all 40 labels -> binary cross-entropy
 
 The labels beside the five make the features rich enough to serve as the perceptual distance, and
 act as a regulariser. At the end the scores of the training faces, half of them softened, are cut
@@ -73,7 +72,7 @@ class Thresholds(nn.Module):
         )
 
     def loss(self, scores: Tensor, level: Tensor) -> Tensor:
-        """-log likelihood of "level > k" over the used thresholds; scores, level [B,5] -> scalar."""
+        """-log likelihood of "level > k" over the used thresholds; scores, level [B,5]."""
         logits = scores[..., None] - self()  # [B, 5, 5]
         above = (level[..., None] > torch.arange(MAX_DEGREE, device=level.device)).float()
         each = F.binary_cross_entropy_with_logits(logits, above, reduction="none")

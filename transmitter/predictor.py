@@ -10,10 +10,10 @@
                                                                                         |
                                                                           logits [B,5,6]
 
-Each attribute has one monotone score, and the six classes are intervals of it (a cumulative-link model):
-P(degree >= k) = sigmoid(s - c_k). So the logits are smooth in the image, their gradient does not
-vanish far from the asked degree, and "more" always means "higher score". The paper's P (Talk-to-Edit's, a
-ResNet-50 trunk with five six-way heads) has the same input and output shapes.
+Each attribute has one monotone score, and the six classes are intervals of it (a cumulative-link
+model): P(degree >= k) = sigmoid(s - c_k). So the logits are smooth in the image, their gradient
+does not vanish far from the asked degree, and "more" always means "higher score". The paper's P
+(Talk-to-Edit's, a ResNet-50 trunk with five six-way heads) has the same input and output shapes.
 """
 
 from __future__ import annotations
@@ -38,10 +38,11 @@ _SLOPE = 0.1
 
 @dataclass(frozen=True)
 class PredictorConfig:
-    """Sizes of the trunk. `widths[i]` channels at resolution / 2**(i+1) pixels, `depths[i]` residual blocks there.
+    """Sizes of the trunk: widths[i] channels at resolution / 2**(i+1) px, depths[i] blocks there.
 
-    `auxiliary` names further binary labels the trunk was trained on (they make the features richer; only
-    `heads()` returns them). `batch_norm` is true while training; a shipped net has it folded into the convolutions.
+    `auxiliary` names further binary labels the trunk was trained on (they make the features richer;
+    only `heads()` returns them). `batch_norm` is true while training; a shipped net has it folded
+    into the convolutions.
     """
 
     resolution: int = 128
@@ -53,7 +54,8 @@ class PredictorConfig:
     def __post_init__(self) -> None:
         if len(self.widths) != len(self.depths):
             raise ValueError(
-                f"widths and depths must be equally long, got {len(self.widths)} and {len(self.depths)}"
+                "widths and depths must be equally long, got "
+                f"{len(self.widths)} and {len(self.depths)}"
             )
         if self.resolution % 2 ** len(self.widths):
             raise ValueError(
@@ -98,7 +100,8 @@ class _Conv(nn.Module):
             assert self.conv.bias is not None
             return self.conv.weight, self.conv.bias
         mean, variance = self.norm.running_mean, self.norm.running_var
-        assert mean is not None and variance is not None
+        assert mean is not None
+        assert variance is not None
         gain = self.norm.weight / (variance + self.norm.eps).sqrt()  # [outputs]
         return self.conv.weight * gain[:, None, None, None], self.norm.bias - gain * mean
 
@@ -131,10 +134,10 @@ class _Stage(nn.Module):
 
 
 class Predictor(nn.Module):
-    """P: `predictor(image)` gives ordered logits [B,5,6]; its stages also serve as the perceptual distance.
+    """P: `predictor(image)` gives ordered logits [B,5,6]; its stages are the perceptual distance.
 
-    The buffer `cuts` [5,5] (increasing along the degrees, in the logistic units of the score) turns scores into
-    classes; the training recipe sets it, and says how in the bundle.
+    The buffer `cuts` [5,5] (increasing along the degrees, in the logistic units of the score) turns
+    scores into classes; the training recipe sets it, and says how in the bundle.
     """
 
     cuts: Tensor
@@ -160,7 +163,7 @@ class Predictor(nn.Module):
 
     @classmethod
     def from_bundle(cls, bundle: Bundle, net: str = "predictor") -> Predictor:
-        """The bundle's predictor (or its `judge`), in evaluation mode, gradients off for its weights."""
+        """The bundle's predictor (or its `judge`), in evaluation mode, its weights frozen."""
         module = cls(PredictorConfig.from_json(bundle.config(net)))
         bundle.load_into(net, module)
         # Channels-last convolutions are about a third faster on CPU and at least as fast on GPU.
@@ -196,8 +199,8 @@ class Predictor(nn.Module):
     def score_logits(self, scores: Tensor) -> Tensor:
         """Scores [B,5] -> log P(degree = k) [B,5,6], k = 0..5, of the ordered-logit model.
 
-        With a > b, sigmoid(a) - sigmoid(b) = sigmoid(a) sigmoid(-b) (1 - e^(b-a)): a sum of logs without cancellation,
-        whose gradient stays finite and non-zero at both ends.
+        With a > b, sigmoid(a) - sigmoid(b) = sigmoid(a) sigmoid(-b) (1 - e^(b-a)): a sum of logs
+        without cancellation, whose gradient stays finite and non-zero at both ends.
         """
         z = scores[..., None] - self.cuts  # [B,5,5], decreasing along the last axis
         above = F.logsigmoid(z)  # log P(degree >= k), k = 1..5
@@ -207,17 +210,17 @@ class Predictor(nn.Module):
         return torch.cat([below[..., :1], middle, above[..., -1:]], dim=-1)
 
     def forward(self, image: Tensor) -> Tensor:
-        """image [B,3,128,128] in [-1,1] -> logits [B,5,6] (log probabilities: they sum to one after exp)."""
+        """image [B,3,128,128] in [-1,1] -> logits [B,5,6], which are log probabilities."""
         return self.score_logits(self.scores(image))
 
     def heads(self, flat: Tensor) -> tuple[Tensor, Tensor]:
-        """Last features [B, n] -> scores [B,5] and logits of the auxiliary labels [B, len(config.auxiliary)]."""
+        """Last features [B,n] -> scores [B,5], logits of the auxiliary labels [B,m]."""
         if self.evidence_head is None:
             return self.scores_head(flat), flat.new_zeros(flat.shape[0], 0)
         return self.scores_head(flat), self.evidence_head(flat)
 
     def degrees(self, image: Tensor) -> Tensor:
-        """The degree seen for each attribute, [B,5] int64 in 0..5: the interval in which the score lies."""
+        """The degree seen for each attribute, [B,5] int64 in 0..5: the interval the score is in."""
         return self.score_degrees(self.scores(image))
 
     def score_degrees(self, scores: Tensor) -> Tensor:
@@ -225,18 +228,19 @@ class Predictor(nn.Module):
         return (scores[..., None] >= self.cuts).sum(-1)
 
     def expected_degrees(self, image: Tensor) -> Tensor:
-        """The degree as an expectation over the six classes, [B,5] float in 0..5, differentiable."""
+        """The degree as a mean over the six classes, [B,5] float in 0..5, differentiable."""
         return expected_degree(self(image))
 
     def perceptual(self, a: Tensor, b: Tensor) -> Tensor:
-        """Perceptual distance [B] >= 0 of two batches of images: this net's own, uncalibrated (it is not LPIPS).
+        """Perceptual distance [B] >= 0 of two batches: this net's own, uncalibrated, not LPIPS.
 
-        Unit-normalised features, squared differences summed over channels, averaged over positions and stages.
+        Unit-normalised features, squared differences summed over channels, averaged over positions
+        and stages.
         """
         return feature_distance(self.features(a), self.features(b))
 
     def fold(self) -> Predictor:
-        """A copy with the batch normalisations folded into the convolutions, for shipping; evaluation mode."""
+        """A frozen copy with batch normalisation folded into the convolutions, for shipping."""
         values = {**asdict(self.config), "batch_norm": False}
         copy = Predictor(PredictorConfig(**values))
         own = dict(self.named_modules())
@@ -244,7 +248,8 @@ class Predictor(nn.Module):
             for name, module in copy.named_modules():
                 if isinstance(module, _Conv):
                     source = own[name]
-                    assert isinstance(source, _Conv) and module.conv.bias is not None
+                    assert isinstance(source, _Conv)
+                    assert module.conv.bias is not None
                     weight, bias = source.folded()
                     module.conv.weight.copy_(weight)
                     module.conv.bias.copy_(bias)
@@ -271,12 +276,13 @@ def feature_distance(a: list[Tensor], b: list[Tensor]) -> Tensor:
 
 
 def read_celeba_dialog(path: Path) -> dict[str, tuple[int, int, int, int, int]]:
-    """CelebA-Dialog's annotation file -> {picture name without suffix: degrees in ATTRIBUTES' order}.
+    """CelebA-Dialog's annotation file -> {picture name without suffix: its five degrees}.
 
-    The file has one line a picture: its name, then five numbers 0..5 in the order of the header's attribute names
-    (Bangs, Eyeglasses, No_Beard, Smiling, Young; the public files write their beard as `No_Beard` and their age as
-    `Young`, with degrees that grow with the beard and with the age). Separators may be blanks, tabs or commas; a leading
-    line with the number of pictures is skipped. Raises InvalidRequest, naming the line, for anything else.
+    The file has one line a picture: its name, then five numbers 0..5 in the order of the header's
+    attribute names (Bangs, Eyeglasses, No_Beard, Smiling, Young; the public files write their beard
+    as `No_Beard` and their age as `Young`, with degrees that grow with the beard and with the age).
+    Separators may be blanks, tabs or commas; a leading line with the number of pictures is skipped.
+    Raises InvalidRequest, naming the line, for anything else.
     """
     aliases = {"no_beard": "beard", "young": "age"}
     names = [attribute.value for attribute in ATTRIBUTES]
@@ -304,7 +310,8 @@ def read_celeba_dialog(path: Path) -> dict[str, tuple[int, int, int, int, int]]:
                 v in {"0", "1", "2", "3", "4", "5"} for v in values
             ):
                 raise InvalidRequest(
-                    f"{path}, line {number}: expected a name and {len(names)} degrees 0..5, got {fields[:8]}"
+                    f"{path}, line {number}: expected a name and {len(names)} degrees 0..5, "
+                    f"got {fields[:8]}"
                 )
             a, b, c, d, e = (int(values[i]) for i in order)
             degrees[Path(fields[0]).stem] = (a, b, c, d, e)

@@ -1,0 +1,292 @@
+"""Fields and attribute matching, on a toy whose answer is known in closed form.
+
+The toy generator shows the latent itself and the toy predictor reads attribute a off its a-th
+number. A field that points along that axis, from a latent at right angles to it, gives the score
+sqrt(512) sin(steps * step_rad): so the step at which each degree begins can be computed.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from shared.attributes import ATTRIBUTES, Attribute, Edit
+from shared.bundle import Bundle, write_net
+from shared.errors import Cancelled
+from shared.stylegan2 import to_sphere
+from transmitter.editing import LIMITS, Fields, FieldsConfig, MatchLimits, match, turn
+from transmitter.predictor import Predictor, PredictorConfig
+
+STEP_RAD = 0.02
+CUTS = torch.tensor([1.0, 3.0, 5.0, 7.0, 9.0])
+PAPER = MatchLimits(max_steps=100, looks=None, batch=1, confidence=2.0)  # never sure: walk on
+
+
+class Mirror:
+    """G: the image is the latent."""
+
+    def __init__(self) -> None:
+        self.drawn = 0
+
+    @property
+    def synthesis(self) -> Callable[[Tensor], Tensor]:
+        return self._draw
+
+    def _draw(self, w: Tensor) -> Tensor:
+        self.drawn += len(w)
+        return w
+
+
+class Reader:
+    """P: the score of attribute a is the a-th number."""
+
+    def __init__(self) -> None:
+        self.cuts = CUTS.repeat(5, 1)
+        self._law = Predictor(PredictorConfig(widths=(4,), depths=(0,), resolution=2))
+        self._law.cuts.copy_(self.cuts)
+
+    def scores(self, image: Tensor) -> Tensor:
+        return image[:, :5]
+
+    def score_degrees(self, scores: Tensor) -> Tensor:
+        return self._law.score_degrees(scores)
+
+    def score_logits(self, scores: Tensor) -> Tensor:
+        return self._law.score_logits(scores)
+
+
+def axes() -> Tensor:
+    """Directions [5, 512]: field a along axis a."""
+    return torch.eye(512)[:5]
+
+
+def toy_fields(directions: Tensor | None = None) -> Fields:
+    config = FieldsConfig(depth=2, step_rad=STEP_RAD, slopes=(22.0,) * 5)
+    fields = Fields(config, torch.Generator().manual_seed(0))
+    fields.start_at(axes() if directions is None else directions)
+    return fields.requires_grad_(False)
+
+
+def start(**scores: float) -> Tensor:
+    """A latent [1,512] on the sphere whose first five numbers are the given scores, else 0."""
+    w = torch.zeros(1, 512)
+    for name, value in scores.items():
+        w[0, Attribute(name).index] = value
+    w[0, 5] = math.sqrt(512 - float(w.square().sum()))
+    return w
+
+
+def score_after(steps: int) -> float:
+    return math.sqrt(512) * math.sin(steps * STEP_RAD)
+
+
+def closest_to(target: float) -> int:
+    return min(range(78), key=lambda k: abs(score_after(k) - target))
+
+
+@pytest.mark.parametrize("degree", [1, 2, 3, 4])
+def test_paper_loop_keeps_the_most_confident_step_at_the_target(degree: int) -> None:
+    found = match(
+        start(),
+        Edit(Attribute.SMILING, target=degree),
+        generator=Mirror(),
+        fields=toy_fields(),
+        predictor=Reader(),
+        limits=PAPER,
+    )
+    # The ordered logit is symmetric about the middle of an interval: there a degree is likeliest.
+    assert found.steps == closest_to(2.0 * degree)
+    assert found.reached
+    assert found.expected == degree
+    assert found.before.tolist() == [0] * 5
+    assert found.after.tolist() == [0, 0, 0, degree, 0]
+    torch.testing.assert_close(found.w[0, 3].item(), score_after(found.steps), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("quality", ["fast", "balanced"])
+@pytest.mark.parametrize("attribute", ATTRIBUTES)
+@pytest.mark.parametrize(("begin", "degree"), [(0.0, 2), (0.0, 5), (8.0, 3), (10.0, 0), (4.0, 4)])
+def test_few_looks_reach_the_same_degree(
+    quality: str, attribute: Attribute, begin: float, degree: int
+) -> None:
+    generator = Mirror()
+    found = match(
+        start(**{attribute.value: begin}),
+        Edit(attribute, target=degree),
+        generator=generator,
+        fields=toy_fields(),
+        predictor=Reader(),
+        limits=LIMITS[quality],
+    )
+    assert found.reached
+    assert int(found.after[attribute.index]) == degree
+    looks = LIMITS[quality].looks
+    assert looks is not None
+    assert generator.drawn == found.looks <= looks + 1
+
+
+def test_a_field_of_another_slope_than_measured_still_arrives() -> None:
+    for slope in (3.0, 200.0):  # ten times off, either way
+        fields = toy_fields()
+        fields.config = FieldsConfig(depth=2, step_rad=STEP_RAD, slopes=(slope,) * 5)
+        found = match(
+            start(),
+            Edit(Attribute.AGE, target=3),
+            generator=Mirror(),
+            fields=fields,
+            predictor=Reader(),
+            limits="balanced",
+        )
+        assert found.reached
+
+
+@pytest.mark.parametrize(
+    ("begin", "change", "expected"), [(8.0, 3, 5), (10.0, 1, 5), (2.0, -4, 0), (0.0, -2, 0)]
+)
+def test_changes_are_clamped(begin: float, change: int, expected: int) -> None:
+    """Eq. (10): a_exp = clamp(a + change, 0, 5)."""
+    found = match(
+        start(bangs=begin),
+        Edit(Attribute.BANGS, change=change),
+        generator=Mirror(),
+        fields=toy_fields(),
+        predictor=Reader(),
+        limits=PAPER,
+    )
+    assert found.expected == expected
+    assert found.reached
+    assert int(found.after[0]) == expected
+
+
+def test_already_there_returns_the_latent_untouched() -> None:
+    w, generator = start(beard=2.0), Mirror()
+    found = match(
+        w,
+        Edit(Attribute.BEARD, target=1),
+        generator=generator,
+        fields=toy_fields(),
+        predictor=Reader(),
+    )
+    assert found.steps == 0
+    assert found.reached
+    assert generator.drawn == 1
+    assert torch.equal(found.w, w)
+
+
+@pytest.mark.parametrize("limits", ["fast", "balanced", "paper"])
+def test_unreachable_says_so_and_returns_the_nearest(limits: str) -> None:
+    """A field that turns towards another axis cannot raise this one; a short walk only gets part of
+    the way.
+    """
+    wrong = match(
+        start(),
+        Edit(Attribute.EYEGLASSES, target=5),
+        generator=Mirror(),
+        fields=toy_fields(torch.eye(512)[5:10].flip(0)),
+        predictor=Reader(),
+        limits=LIMITS[limits],
+    )
+    assert not wrong.reached
+    assert wrong.expected == 5
+    assert wrong.steps == 0  # nothing helped, so nothing was spoilt
+    short = match(
+        start(),
+        Edit(Attribute.EYEGLASSES, target=5),
+        generator=Mirror(),
+        fields=toy_fields(),
+        predictor=Reader(),
+        max_steps=10,
+        limits=LIMITS[limits],
+    )
+    assert not short.reached
+    assert short.steps == 10
+    assert int(short.after[1]) == 2  # sqrt(512) sin(0.2) = 4.5
+
+
+def test_cancelled_stops() -> None:
+    generator = Mirror()
+    with pytest.raises(Cancelled):
+        match(
+            start(),
+            Edit(Attribute.AGE, target=5),
+            generator=generator,
+            fields=toy_fields(),
+            predictor=Reader(),
+            limits=PAPER,
+            cancelled=lambda: generator.drawn >= 4,
+        )
+    assert generator.drawn == 4
+
+
+def test_progress_rises_and_stays_in_range() -> None:
+    seen: list[float] = []
+    match(
+        start(),
+        Edit(Attribute.AGE, target=5),
+        generator=Mirror(),
+        fields=toy_fields(),
+        predictor=Reader(),
+        limits=PAPER,
+        progress=seen.append,
+    )
+    assert seen == sorted(seen)
+    assert 0 < seen[0] <= seen[-1] <= 1
+
+
+def test_steps_stay_on_the_sphere_and_turn_by_the_angle_asked() -> None:
+    generator = torch.Generator().manual_seed(1)
+    w = to_sphere(torch.randn(4, 512, generator=generator))
+    direction = torch.randn(4, 512, generator=generator)
+    turned = turn(w, direction, 0.3)
+    torch.testing.assert_close(turned.norm(dim=1), torch.full((4,), math.sqrt(512)))
+    cosine = torch.cosine_similarity(w, turned)
+    torch.testing.assert_close(cosine, torch.full((4,), math.cos(0.3)))
+    angles = torch.tensor([[0.0], [0.1], [-0.1], [0.5]])
+    torch.testing.assert_close(turn(w, direction, angles)[0], w[0])
+
+
+def test_one_field_alone_equals_its_row_of_all_five() -> None:
+    fields = Fields(FieldsConfig(depth=3), torch.Generator().manual_seed(2))
+    w = torch.randn(3, 512, generator=torch.Generator().manual_seed(3))
+    every = fields(w)
+    assert every.shape == (3, 5, 512)
+    for attribute in ATTRIBUTES:
+        torch.testing.assert_close(fields.direction(w, attribute), every[:, attribute.index])
+
+
+def test_paper_sizes() -> None:
+    """8 x Linear(512, 512) for each of five attributes."""
+    fields = Fields(FieldsConfig())
+    assert sum(p.numel() for p in fields.parameters()) == 5 * 8 * (512 * 512 + 512)
+
+
+def test_bundle_round_trip(tmp_path: Path) -> None:
+    fields = toy_fields()
+    write_net(
+        tmp_path,
+        "fields",
+        config=fields.config.to_json(),
+        tensors=fields.state_dict(),
+        provenance={},
+        half=False,
+    )
+    loaded = Fields.from_bundle(Bundle.open(tmp_path))
+    assert loaded.config == fields.config
+    w = start(age=3.0)
+    torch.testing.assert_close(loaded(w), fields(w))
+
+
+def test_wrong_shapes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"w must be \[1, 512\], got \[2, 512\]"):
+        match(
+            torch.zeros(2, 512),
+            Edit(Attribute.AGE, target=5),
+            generator=Mirror(),
+            fields=toy_fields(),
+            predictor=Reader(),
+        )
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        MatchLimits(max_steps=0)

@@ -1,0 +1,386 @@
+"""Editing a latent: a field per attribute, and a walk that stops at the degree asked (Eqs. 10, 11).
+
+    w --+--> field of the attribute --> direction --> a small turn --> w' --> G --> P --> degree
+        ^                                                               |
+        +---------- until the expected degree is seen, or overshot -----+
+
+Latents lie on the sphere |w| = sqrt(512), so a step is a turn by a small angle: the result has
+the same power, needs no scalar beside it on the air, and 40 steps of 0.03 rad are at most 1.2 rad.
+
+The walk is rolled out in latent space alone, which is cheap; generator and predictor look at a few
+of its steps at a time (`MatchLimits`). With one look per step it is the paper's loop.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from types import MappingProxyType
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shared.attributes import ATTRIBUTES, Attribute, Edit
+from shared.bundle import Bundle
+from shared.errors import Cancelled
+
+Quality = Literal["fast", "balanced", "paper"]
+
+
+@dataclass(frozen=True)
+class FieldsConfig:
+    """Sizes of the fields.
+
+    `depth` linear layers of `width` x `width` per attribute; `step_rad` is the turn of one step;
+    `slopes` is how fast each attribute's score rises along its field, per radian, as measured on
+    training codes: a first guess of how far to walk.
+    """
+
+    width: int = 512
+    depth: int = 8
+    step_rad: float = 0.03
+    slopes: tuple[float, ...] = (8.0, 8.0, 8.0, 8.0, 8.0)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> FieldsConfig:
+        return cls(
+            int(values["width"]),
+            int(values["depth"]),
+            float(values["step_rad"]),
+            tuple(float(slope) for slope in values["slopes"]),
+        )
+
+
+class Fields(nn.Module):
+    """Five fields M_a: latents to directions, 8 x Linear(512, 512) with LeakyReLU 0.2, batched.
+
+    Parameters `weight` [depth, 5, out, in] and `bias` [depth, 5, out].
+    """
+
+    def __init__(self, config: FieldsConfig, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.config = config
+        d, n, k = config.depth, len(ATTRIBUTES), config.width
+        gain = math.sqrt(2 / (1 + 0.2**2) / k)
+        self.weight = nn.Parameter(gain * torch.randn(d, n, k, k, generator=generator))
+        self.bias = nn.Parameter(torch.zeros(d, n, k))
+
+    @classmethod
+    def from_bundle(cls, bundle: Bundle) -> Fields:
+        """The bundle's fields, in evaluation mode, gradients off."""
+        return bundle.load_into("fields", cls(FieldsConfig.from_json(bundle.config("fields"))))
+
+    def start_at(self, directions: Tensor) -> None:
+        """Make every field constant, its `directions` [5,512]: where training starts."""
+        with torch.no_grad():
+            self.weight[-1].zero_()
+            self.bias[-1].copy_(F.normalize(directions, dim=-1) * math.sqrt(self.config.width))
+
+    def forward(self, w: Tensor) -> Tensor:
+        """w [B,512] -> all five directions [B,5,512], not normalised."""
+        return self.each(w.expand(len(ATTRIBUTES), *w.shape)).transpose(0, 1)
+
+    def each(self, x: Tensor) -> Tensor:
+        """Latents of each attribute [5,B,512] -> the direction of that attribute [5,B,512]."""
+        for layer in range(self.config.depth):
+            x = torch.baddbmm(self.bias[layer][:, None], x, self.weight[layer].transpose(1, 2))
+            if layer < self.config.depth - 1:
+                x = F.leaky_relu(x, 0.2)
+        return x
+
+    def direction(self, w: Tensor, attribute: Attribute) -> Tensor:
+        """w [B,512] -> the direction [B,512] of one attribute: a fifth of the work of `forward`."""
+        index, x = attribute.index, w
+        for layer in range(self.config.depth):
+            x = F.linear(x, self.weight[layer, index], self.bias[layer, index])
+            if layer < self.config.depth - 1:
+                x = F.leaky_relu(x, 0.2)
+        return x
+
+    def step(self, w: Tensor, attribute: Attribute, turn_rad: float | Tensor) -> Tensor:
+        """One step along the field (against it where `turn_rad` < 0): w [B,512] -> w' [B,512]."""
+        return turn(w, self.direction(w, attribute), turn_rad)
+
+
+def turn(w: Tensor, direction: Tensor, angle_rad: float | Tensor) -> Tensor:
+    """Turn w [B,n] by an angle (a number, or [B,1]) towards a direction [B,n]; |w| is kept.
+
+    Only the part of the direction that is tangent to the sphere counts, its length does not.
+    """
+    norm = w.norm(dim=-1, keepdim=True)
+    unit = w / norm
+    tangent = direction - (direction * unit).sum(-1, keepdim=True) * unit
+    tangent = F.normalize(tangent, dim=-1)
+    angle = torch.as_tensor(angle_rad, dtype=w.dtype, device=w.device)
+    turned: Tensor = norm * (torch.cos(angle) * unit + torch.sin(angle) * tangent)
+    return turned
+
+
+@dataclass(frozen=True)
+class MatchLimits:
+    """How far to walk and how closely to watch.
+
+    max_steps: longest walk. looks: how many pictures may be drawn and judged after the first one;
+    None: one per step, in order (the paper's loop). batch: pictures drawn at once. confidence: a
+    step at the target this sure ends the search.
+    """
+
+    max_steps: int = 40
+    looks: int | None = 8
+    batch: int = 4
+    confidence: float = 0.6
+
+    def __post_init__(self) -> None:
+        if self.max_steps < 1 or self.batch < 1 or (self.looks is not None and self.looks < 1):
+            raise ValueError(
+                "max_steps, batch and looks must be at least 1, got "
+                f"{self.max_steps}, {self.batch} and {self.looks}"
+            )
+
+
+LIMITS: Mapping[str, MatchLimits] = MappingProxyType(
+    {
+        "fast": MatchLimits(max_steps=40, looks=6, batch=3),
+        "balanced": MatchLimits(max_steps=40, looks=16, batch=4),
+        "paper": MatchLimits(max_steps=100, looks=None, batch=1),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Match:
+    """What the walk found.
+
+    w [1,512]; before, after: the degrees [5] int64 the predictor sees on G(w) before and after;
+    expected: the degree asked of the edited attribute, 0..5 (Eq. 10); steps walked to w; reached:
+    whether after[attribute] == expected; looks: pictures drawn and judged, the first included.
+    """
+
+    w: Tensor
+    before: Tensor
+    expected: int
+    after: Tensor
+    steps: int
+    reached: bool
+    looks: int = 1
+
+
+class Renderer(Protocol):
+    """The part of the generator that is needed: latents [B,512] to images [B,3,H,W]."""
+
+    @property
+    def synthesis(self) -> Callable[[Tensor], Tensor]: ...
+
+
+class Judge(Protocol):
+    """The part of the predictor that is needed; see `transmitter.predictor.Predictor`."""
+
+    cuts: Tensor
+
+    def scores(self, image: Tensor) -> Tensor: ...
+
+    def score_degrees(self, scores: Tensor) -> Tensor: ...
+
+    def score_logits(self, scores: Tensor) -> Tensor: ...
+
+
+@torch.no_grad()
+def match(
+    w: Tensor,
+    edit: Edit,
+    *,
+    generator: Renderer,
+    fields: Fields,
+    predictor: Judge,
+    max_steps: int | None = None,
+    limits: MatchLimits | Quality = "balanced",
+    cancelled: Callable[[], bool] | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> Match:
+    """Iterative attribute matching (Eqs. 10, 11) of one latent w [1,512].
+
+    Walks along the attribute's field until the predictor sees the expected degree in G(w), and
+    keeps the most confident step at that degree. Where no step shows it, the step whose score came
+    nearest is returned with `reached` False. A face that already shows it is returned as it is.
+    `progress` gets 0..1. Raises Cancelled once `cancelled()` is true, ValueError for a wrong shape.
+    """
+    if w.ndim != 2 or w.shape[0] != 1:
+        raise ValueError(f"w must be [1, {fields.config.width}], got {list(w.shape)}")
+    limit = LIMITS[limits] if isinstance(limits, str) else limits
+    steps = limit.max_steps if max_steps is None else max_steps
+    walk = _Walk(w, edit, generator, fields, predictor, cancelled)
+    before = walk.degrees(0)
+    expected = edit.expected(int(before[walk.index]))  # Eq. (10)
+    if expected == int(before[walk.index]):
+        return Match(w, before, expected, before, 0, True)
+    walk.head_for(expected)
+    if limit.looks is None:
+        _watch_every_step(walk, steps, limit, progress)
+    else:
+        _watch_some_steps(walk, steps, limit, limit.looks, progress)
+    best = walk.best()
+    after = walk.degrees(best)
+    reached = int(after[walk.index]) == expected
+    return Match(
+        walk.latent(best).clone(), before, expected, after, best, reached, len(walk.scores)
+    )
+
+
+class _Walk:
+    """The path of one edit: latents by step, and the scores of the steps that were looked at."""
+
+    def __init__(
+        self,
+        w: Tensor,
+        edit: Edit,
+        generator: Renderer,
+        fields: Fields,
+        predictor: Judge,
+        cancelled: Callable[[], bool] | None,
+    ) -> None:
+        self.attribute, self.index = edit.attribute, edit.attribute.index
+        self.generator, self.fields, self.predictor = generator, fields, predictor
+        self.cancelled = cancelled
+        self.path = [w]
+        self.scores: dict[int, Tensor] = {}  # step -> scores [5]
+        self.sign, self.expected = 1, 0
+        self.low = self.high = 0.0
+        self.look([0])
+
+    def head_for(self, expected: int) -> None:
+        """Set the degree to reach: its interval of the score, and the way to walk."""
+        cuts = self.predictor.cuts[self.index].tolist()
+        self.expected = expected
+        self.low = cuts[expected - 1] if expected > 0 else -math.inf
+        self.high = cuts[expected] if expected < len(cuts) else math.inf
+        self.sign = 1 if self.score(0) < self.low else -1
+
+    @property
+    def aim(self) -> float:
+        """The score to aim at: the interval's middle, 1.5 beyond the cut for the outermost ones."""
+        if math.isinf(self.low):
+            return self.high - 1.5
+        if math.isinf(self.high):
+            return self.low + 1.5
+        return (self.low + self.high) / 2
+
+    def latent(self, step: int) -> Tensor:
+        turn_rad = self.sign * self.fields.config.step_rad
+        while len(self.path) <= step:
+            self.path.append(self.fields.step(self.path[-1], self.attribute, turn_rad))
+        return self.path[step]
+
+    def look(self, steps: list[int]) -> None:
+        """Draw the steps' faces and judge them, in one batch."""
+        if self.cancelled is not None and self.cancelled():
+            raise Cancelled("the edit was cancelled while matching the attribute")
+        new = [step for step in steps if step not in self.scores]
+        if new:
+            images = self.generator.synthesis(torch.cat([self.latent(step) for step in new]))
+            for step, scores in zip(new, self.predictor.scores(images), strict=True):
+                self.scores[step] = scores
+
+    def score(self, step: int) -> float:
+        return float(self.scores[step][self.index])
+
+    def degrees(self, step: int) -> Tensor:
+        return self.predictor.score_degrees(self.scores[step][None])[0]
+
+    def at_target(self, step: int) -> bool:
+        return int(self.degrees(step)[self.index]) == self.expected
+
+    def confidence(self, step: int) -> float:
+        logits = self.predictor.score_logits(self.scores[step][None])[0, self.index]
+        return float(logits.softmax(-1)[self.expected])
+
+    def beyond(self, step: int) -> bool:
+        """Has the walk gone past the target's interval?"""
+        s = self.score(step)
+        return s >= self.high if self.sign > 0 else s < self.low
+
+    def lacks(self, step: int) -> float:
+        """How far the score is outside of the target's interval; 0 inside."""
+        s = self.score(step)
+        return max(self.low - s, s - self.high, 0.0)
+
+    def best(self) -> int:
+        """The most confident step at the target (Eq. 11); else the one whose score is nearest."""
+        inside = [step for step in self.scores if self.at_target(step)]
+        if inside:
+            return max(inside, key=lambda step: (self.confidence(step), -step))
+        return min(self.scores, key=lambda step: (self.lacks(step), step))
+
+
+def _watch_every_step(
+    walk: _Walk, steps: int, limit: MatchLimits, progress: Callable[[float], None] | None
+) -> None:
+    """The paper's loop: one step, one look, until the target is sure or overshot."""
+    for step in range(1, steps + 1):
+        walk.look([step])
+        if progress is not None:
+            progress(step / steps)
+        if walk.beyond(step) or (walk.at_target(step) and walk.confidence(step) > limit.confidence):
+            return
+
+
+def _watch_some_steps(
+    walk: _Walk,
+    steps: int,
+    limit: MatchLimits,
+    looks: int,
+    progress: Callable[[float], None] | None,
+) -> None:
+    """Few looks: a coarse sweep until the aim is bracketed, then where the line crosses it."""
+    near, far = 0, None  # the aim lies after `near` and not after `far`
+    left = looks
+    while left > 0:
+        count = min(limit.batch, left)
+        if far is None:
+            if near >= steps:
+                return
+            candidates = _ahead(walk, near, steps, count)
+        else:
+            candidates = _between(walk, near, far, count)
+        candidates = [step for step in candidates if step not in walk.scores]
+        if not candidates:
+            return
+        walk.look(candidates)
+        left -= len(candidates)
+        if progress is not None:
+            progress(1 - left / looks)
+        if any(walk.at_target(s) and walk.confidence(s) > limit.confidence for s in walk.scores):
+            return
+        past = [s for s in walk.scores if walk.sign * (walk.score(s) - walk.aim) >= 0]
+        far = min(past, default=None)
+        near = max(s for s in walk.scores if far is None or s < far)
+        if far is not None and far - near <= 1:
+            return
+
+
+def _ahead(walk: _Walk, near: int, steps: int, count: int) -> list[int]:
+    """`count` steps after `near`, spread about the distance that the field's measured slope
+    predicts.
+    """
+    slope = max(walk.fields.config.slopes[walk.index] * walk.fields.config.step_rad, 1e-6)
+    expected = abs(walk.aim - walk.score(near)) / slope
+    reach = [near + math.ceil(expected * factor) for factor in _SPREAD[-count:]]
+    return sorted({min(steps, max(near + 1, step)) for step in reach})
+
+
+_SPREAD = (0.35, 0.6, 1.0, 1.7)
+"""Fields are steeper or flatter than their mean slope by about a factor of two, face by face."""
+
+
+def _between(walk: _Walk, near: int, far: int, count: int) -> list[int]:
+    """Steps between: where the line through both scores meets the aim, and beside it."""
+    rise = walk.score(far) - walk.score(near)
+    fraction = (walk.aim - walk.score(near)) / rise if rise else 0.5
+    centre = near + min(max(fraction, 0.0), 1.0) * (far - near)
+    inside = range(near + 1, far)
+    return sorted(sorted(inside, key=lambda step: abs(step - centre))[:count])
