@@ -141,14 +141,14 @@ def normalise_power(x: Tensor) -> Tensor:
     power = average_power(x)  # [B]
     usable = torch.isfinite(power) & (power > torch.finfo(power.dtype).tiny)
     if not bool(usable.all()):
-        first = float(power[~usable][0])
+        first = float(power.detach()[~usable][0])
         raise InvalidRequest(f"message power is {first:g}; expected a finite number above 0")
     return x * power.rsqrt().unsqueeze(1)
 
 
 def check_snr_db(snr_db: float | Tensor) -> None:
     """Raise InvalidRequest unless every SNR is finite and within -20..40 dB."""
-    values = torch.as_tensor(snr_db, dtype=torch.float64)
+    values = torch.as_tensor(snr_db, dtype=torch.float64).detach()
     # NaN fails both comparisons, so it is refused here too.
     inside = (values >= SNR_MIN_DB) & (values <= SNR_MAX_DB)
     if not bool(inside.all()):
