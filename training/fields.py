@@ -48,6 +48,7 @@ class FieldsRecipe:
     """Lengths, weights of the losses, and how far walks go. About 6 minutes on two CPU cores."""
 
     length: int = 400
+    depth: int = 8
     per_attribute: int = 3
     codes: int = 4000
     sampled_share: float = 0.1
@@ -147,8 +148,7 @@ def collect_codes(
 
 
 def linear_directions(codes: Codes) -> Tensor:
-    """How w moves on average when one score rises while the others, and sex, stay: directions
-    [5,512].
+    """How w moves on average when one score rises while the others, and sex, stay: [5,512].
 
     The regression of w on the scores: unlike the regression of a score on w, whose coefficients are
     the cheapest way to fool P, it stays where faces are, so the edit is one that is seen.
@@ -157,17 +157,14 @@ def linear_directions(codes: Codes) -> Tensor:
     given = torch.cat([codes.scores - codes.scores.mean(0), male[:, None]], 1).double()  # [N, 6]
     given = given / given.std(0).clamp(min=1e-6)
     ridge = 1e-2 * len(given) * torch.eye(given.shape[1], dtype=torch.float64, device=given.device)
-    moved = torch.linalg.solve(
-        given.T @ given + ridge, given.T @ (codes.w - codes.w.mean(0)).double()
-    )
+    centred = (codes.w - codes.w.mean(0)).double()
+    moved: Tensor = torch.linalg.solve(given.T @ given + ridge, given.T @ centred)  # [6, 512]
     return moved[: len(ATTRIBUTES)].float()
 
 
 @torch.no_grad()
 def measure_slopes(nets: Nets, fields: Fields, codes: Codes, turn_rad: float = 0.35) -> Tensor:
-    """Mean rise of each attribute's score per radian along its field, [5], from both ways of 24
-    codes.
-    """
+    """Mean rise of each attribute's score per radian along its field, [5]; both ways, 24 codes."""
     w, slopes = codes.w[-len(codes.w) // 2 :][:24], []
     for attribute in ATTRIBUTES:
         ends = []
@@ -212,7 +209,8 @@ def train(options: RunOptions, *, recipe: FieldsRecipe | None = None) -> None:
                 f"{run.folder} belongs to nets {state['digest']}, the bundle now has {digest}: "
                 "start anew with --fresh"
             )
-        fields = Fields(FieldsConfig(), torch.Generator().manual_seed(options.seed)).to(run.device)
+        init = torch.Generator().manual_seed(options.seed)
+        fields = Fields(FieldsConfig(depth=recipe.depth), init).to(run.device)
         if state is None:
             draw = torch.Generator().manual_seed(options.seed)
             faces = load_faces(options.data, "train", limit=3 * recipe.codes)
@@ -286,7 +284,8 @@ def whitener(w: Tensor) -> Tensor:
     centred = (w - w.mean(0)).double()
     values, vectors = torch.linalg.eigh(centred.T @ centred / len(w))
     values = values.clamp(min=0.02 * float(values.mean()))
-    return (vectors / values.sqrt()).float()
+    scaled: Tensor = vectors / values.sqrt()
+    return scaled.float()
 
 
 def walk_losses(

@@ -1,0 +1,185 @@
+"""The predictor's and the fields' recipes: evidence, cuts, runs on made-up data, exact resume."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from shared.bundle import Bundle, write_net
+from shared.errors import InvalidRequest
+from shared.stylegan2 import Generator, GeneratorConfig, to_sphere
+from training import fields as fields_recipe
+from training import predictor as predictor_recipe
+from training.augment import augment
+from training.data import make_fake_data
+from training.degrees import LEVELS, MIN_GAP, auc, cut_points, levels
+from training.fields import Codes, FieldsRecipe, linear_directions
+from training.predictor import PredictorRecipe, ordered_pairs
+from training.run import RunOptions
+from transmitter.editing import Fields
+from transmitter.inversion import InversionConfig, InversionEncoder
+from transmitter.predictor import Predictor
+
+P_RECIPE = PredictorRecipe(length=4, batch=3, report_steps=2, calibration_faces=4)
+F_RECIPE = FieldsRecipe(
+    length=4, depth=2, per_attribute=1, codes=10, report_steps=2, validation_faces=1, roll_out=2
+)
+
+
+def test_levels_order_the_evidence() -> None:
+    rows: list[tuple[set[str], list[int]]] = [
+        ({"No_Beard", "Young"}, [0, 0, 0, 0, 0]),
+        ({"Bangs", "Eyeglasses", "No_Beard", "Young", "Smiling"}, [1, 1, 0, 1, 0]),
+        ({"5_o_Clock_Shadow", "Young", "High_Cheekbones"}, [0, 0, 1, 0, 0]),
+        ({"Goatee", "Young", "Bags_Under_Eyes", "Smiling", "Mouth_Slightly_Open"}, [0, 0, 2, 2, 1]),
+        ({"Goatee", "Mustache"}, [0, 0, 3, 0, 2]),
+        ({"Goatee", "Mustache", "Sideburns", "Gray_Hair", "Bald"}, [0, 0, 4, 0, 4]),
+        ({"No_Beard", "Double_Chin"}, [0, 0, 0, 0, 3]),
+        (
+            {"No_Beard", "Young", "Smiling", "Mouth_Slightly_Open", "High_Cheekbones"},
+            [0, 0, 0, 3, 0],
+        ),
+    ]
+    got = levels(lambda name: torch.tensor([name in yes for yes, _ in rows]))
+    assert got.tolist() == [want for _, want in rows]
+    assert (got <= torch.tensor(LEVELS)).all()
+
+
+def test_cut_points_are_quantiles_and_keep_apart() -> None:
+    scores = torch.linspace(-50, 50, 1001)[:, None].expand(1001, 5)
+    cuts = cut_points(scores, torch.zeros(5))
+    # bangs: degree 1 from the learnt threshold, the rest at quantiles of the positive scores.
+    expected = torch.tensor([0.0, 10.08, 21.06, 32.04, 42.52])
+    torch.testing.assert_close(cuts[0], expected, atol=0.05, rtol=0)
+    # age: quantiles of everybody.
+    expected = torch.tensor([-44.0, -30.0, 12.0, 30.0, 43.0])
+    torch.testing.assert_close(cuts[4], expected, atol=0.05, rtol=0)
+    crowded = cut_points(scores / 1000, torch.zeros(5))
+    assert (crowded.diff(dim=1) >= MIN_GAP - 1e-5).all()
+
+
+def test_auc_and_ordered_pairs_by_hand() -> None:
+    score = torch.tensor([0.1, 0.4, 0.4, 0.9])
+    assert auc(score, torch.tensor([False, False, True, True])) == pytest.approx(3.5 / 4)
+    assert auc(score, torch.tensor([False] * 4)) != auc(score, torch.tensor([False] * 4))  # nan
+    assert ordered_pairs(score, torch.tensor([0, 1, 2, 2])) == pytest.approx(4 / 5)
+
+
+def test_augmentation_is_repeatable_and_differentiable() -> None:
+    image = (torch.rand(6, 3, 32, 32) * 2 - 1).requires_grad_(True)
+    first = augment(image, torch.Generator().manual_seed(3))
+    again = augment(image, torch.Generator().manual_seed(3))
+    assert torch.equal(first, again)
+    assert first.shape == image.shape
+    (gradient,) = torch.autograd.grad(first.square().sum(), image)
+    assert (gradient.abs().sum((1, 2, 3)) > 0).all()
+
+
+def _options(folder: Path, name: str, steps: int | None) -> RunOptions:
+    return RunOptions(
+        data=folder / "data",
+        bundle=folder / f"bundle-{name}",
+        runs=folder / f"runs-{name}",
+        steps=steps,
+        device="cpu",
+        seed=5,
+    )
+
+
+def _same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_predictor_recipe_resumes_exactly(tmp_path: Path) -> None:
+    make_fake_data(tmp_path / "data", 6)
+    predictor_recipe.train(_options(tmp_path, "whole", 4), recipe=P_RECIPE)
+    for _ in range(2):
+        predictor_recipe.train(_options(tmp_path, "halves", 2), recipe=P_RECIPE)
+    whole = Bundle.open(tmp_path / "bundle-whole")
+    halves = Bundle.open(tmp_path / "bundle-halves")
+    assert _same(whole.tensors("predictor"), halves.tensors("predictor"))
+    assert halves.provenance("predictor")["steps"] == 4
+    net = Predictor.from_bundle(halves)
+    assert (net.cuts.diff(dim=1) > 0).all()
+    assert net.degrees(torch.zeros(1, 3, 128, 128)).shape == (1, 5)
+
+
+def test_a_judge_is_the_same_recipe_under_another_name_with_true_degrees(tmp_path: Path) -> None:
+    make_fake_data(tmp_path / "data", 3)
+    names = [f"{split}{i:04d}" for split in ("train", "val", "test") for i in range(3)]
+    lines = [f"{name}.jpg {i % 6} 1 2 3 {5 - i % 6}" for i, name in enumerate(names)]
+    folder = tmp_path / "data" / "celeba128"
+    (folder / predictor_recipe.DIALOG_FILE).write_text("\n".join(lines))
+    predictor_recipe.train(_options(tmp_path, "judge", 1), net="judge", recipe=P_RECIPE)
+    bundle = Bundle.open(tmp_path / "bundle-judge")
+    assert bundle.nets == ("judge",)
+    assert "CelebA-Dialog" in bundle.config("judge")["degrees"]
+
+
+def test_linear_directions_hold_the_other_scores_still() -> None:
+    """Two scores that often come together get directions that move only one of them."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(4000, 5, generator=generator)
+    scores[:, 1] = 0.8 * scores[:, 0] + 0.6 * scores[:, 1]  # glasses come with bangs
+    basis = torch.linalg.qr(torch.randn(512, 5, generator=generator)).Q.T  # [5, 512]
+    w = 5 * scores @ basis + 0.5 * torch.randn(4000, 512, generator=generator)
+    codes = Codes(w, scores, torch.zeros(4000, 512), torch.zeros(4000))
+    directions = linear_directions(codes)
+    cosine = torch.nn.functional.normalize(directions, dim=1) @ basis.T
+    torch.testing.assert_close(cosine, torch.eye(5), atol=0.06, rtol=0)
+
+
+@pytest.fixture
+def bundle_of_tiny_nets(tmp_path: Path) -> Path:
+    """A bundle with small random nets in place of the generator, the inversion encoder and P."""
+    torch.manual_seed(1)
+    make_fake_data(tmp_path / "data", 6)
+    predictor_recipe.train(_options(tmp_path, "fields", 1), recipe=P_RECIPE)
+    folder = tmp_path / "bundle-fields"
+    generator = Generator(GeneratorConfig(channels=(16, 16, 8, 8, 4, 4), mapping_layers=1))
+    encoder = InversionEncoder(InversionConfig(channels=(8, 8, 8, 8, 8)))
+    for net, module, config in (
+        ("generator", generator, generator.config.to_json()),
+        ("inversion", encoder, encoder.config.to_json()),
+    ):
+        write_net(folder, net, config=config, tensors=module.state_dict(), provenance={})
+    return folder
+
+
+def test_fields_recipe_resumes_exactly(tmp_path: Path, bundle_of_tiny_nets: Path) -> None:
+    options = _options(tmp_path, "fields", 4)
+    fields_recipe.train(options, recipe=F_RECIPE)
+    whole = Bundle.open(bundle_of_tiny_nets).tensors("fields")
+    halves = replace(options, runs=tmp_path / "runs-other", steps=2)
+    for _ in range(2):
+        fields_recipe.train(halves, recipe=F_RECIPE)
+    assert _same(whole, Bundle.open(bundle_of_tiny_nets).tensors("fields"))
+    loaded = Fields.from_bundle(Bundle.open(bundle_of_tiny_nets))
+    w = to_sphere(torch.randn(2, 512, generator=torch.Generator().manual_seed(0)))
+    assert loaded(w).shape == (2, 5, 512)
+    assert len(loaded.config.slopes) == 5
+
+
+def test_fields_of_other_nets_are_not_resumed(tmp_path: Path, bundle_of_tiny_nets: Path) -> None:
+    options = _options(tmp_path, "fields", 1)
+    fields_recipe.train(options, recipe=F_RECIPE)
+    generator = Generator(GeneratorConfig(channels=(16, 16, 8, 8, 4, 4), mapping_layers=1))
+    write_net(
+        bundle_of_tiny_nets,
+        "generator",
+        config=generator.config.to_json(),
+        tensors=generator.state_dict(),
+        provenance={},
+    )
+    with pytest.raises(InvalidRequest, match="--fresh"):
+        fields_recipe.train(options, recipe=F_RECIPE)
+    fields_recipe.train(replace(options, fresh=True), recipe=F_RECIPE)
+
+
+def test_fields_need_the_nets_they_edit(tmp_path: Path) -> None:
+    make_fake_data(tmp_path / "data", 3)
+    predictor_recipe.train(_options(tmp_path, "bare", 1), recipe=P_RECIPE)
+    with pytest.raises(InvalidRequest, match="generator"):
+        fields_recipe.train(_options(tmp_path, "bare", 1), recipe=F_RECIPE)
