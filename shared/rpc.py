@@ -275,7 +275,9 @@ def serve(
     while not (loading.done() or stop.wait(0.05)):
         pass
     if loading.done() and (failure := loading.exception()) is not None:
-        logger().error("cannot start", exc_info=failure)
+        # An error of ours says it all; anything else is a bug, and its traceback is wanted.
+        unexpected = None if isinstance(failure, EdscError) else failure
+        logger().error("cannot start", reason=str(failure), exc_info=unexpected)
         print(f"the {service} cannot start: {failure}", file=sys.stderr)
         server.drain(0.0)
         return 1

@@ -144,7 +144,7 @@ class Worker:
                     " try again in a moment"
                 )
             self._queued += 1
-            self._metrics.queue_depth.set(self._queued)
+        self._metrics.queue_depth.inc()
         future.add_done_callback(self._forget)
         if call is not None:
             call.on_end(future.cancel)
@@ -163,9 +163,9 @@ class Worker:
     def _forget(self, future: Future[Any]) -> None:
         # Cancelled means: before its turn. Whatever ran has left the queue in _work.
         if future.cancelled():
+            self._metrics.queue_depth.dec()
             with self._lock:
                 self._queued -= 1
-                self._metrics.queue_depth.set(self._queued)
 
     def run(self, call: Call, work: Callable[[], T]) -> T:
         """Queue `work` and wait for its result, no longer than the call may take."""
@@ -191,10 +191,10 @@ class Worker:
             future, work = job
             if not future.set_running_or_notify_cancel():
                 continue
+            self._metrics.queue_depth.dec()
             with self._lock:
                 self._queued -= 1
                 self._running = 1
-                self._metrics.queue_depth.set(self._queued)
             try:
                 result = work()
             except BaseException as error:

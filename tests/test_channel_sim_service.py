@@ -157,7 +157,7 @@ def _broken(how: str) -> edsc_pb2.SymbolFrame:
         ("huge", PayloadTooLarge, "expected at most 4096"),
     ],
 )
-def test_broken_frames_are_refused(
+def test_the_channel_refuses_broken_frames(
     stub: Any, how: str, kind: type[EdscError], message: str
 ) -> None:
     error = _refusal(stub, _request(frame=_broken(how)))

@@ -3,7 +3,7 @@
 import queue
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Final, Literal, cast, get_args
+from typing import Final, cast, get_args
 
 import torch
 
@@ -17,11 +17,10 @@ from shared.rpc import Call, Server, Slot, streaming, unary
 from shared.settings import MIB, Settings
 from shared.symbols import check_snr_db
 from shared.wire import edit_to_wire, frame_to_wire, model_to_wire
-from transmitter.pipeline import Transmission, Transmitter
+from shared.worker import Worker
+from transmitter.pipeline import NO_EDIT, Quality, Transmission, Transmitter
 
-Quality = Literal["fast", "balanced", "paper"]
 DEFAULT_QUALITY: Final[Quality] = "balanced"
-NO_EDIT: Final = "-"
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,8 @@ class TransmitterService(edsc_pb2_grpc.TransmitterServicer):
     def __init__(self, server: Server, model: Slot[Model]) -> None:
         self.server = server
         self._model = model
+        # A sentence is read in milliseconds: it should not wait for an inversion of ten seconds.
+        self._reader = Worker(server.settings.queue_size, server.metrics)
 
     @unary
     def Transmit(self, request: edsc_pb2.TransmitRequest, call: Call) -> edsc_pb2.TransmitReply:
@@ -88,7 +89,7 @@ class TransmitterService(edsc_pb2_grpc.TransmitterServicer):
                 edit=edit_to_wire(reading.edit, reading.confidence)
             )
 
-        return self.server.worker.run(call, read)
+        return self._reader.run(call, read)
 
     @unary
     def DescribeModel(
@@ -178,7 +179,7 @@ def transmission_to_wire(sent: Transmission, snr_db: float) -> edsc_pb2.Transmit
 def load_model(bundle: Bundle, device: torch.device) -> Model:
     """Load the pipeline of a bundle and send two pictures: the first is slower than the others."""
     transmitter = Transmitter.from_bundle(bundle, device)
-    size = 128
+    size = transmitter.image_size
     grey = encode_png(torch.zeros(1, 3, size, size))
     sent = transmitter.transmit(grey, NO_EDIT, snr_db=6.0, quality="fast", align=False)
     for align in (True, False):
