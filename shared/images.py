@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from shared.errors import EdscError, InvalidRequest, PayloadTooLarge, UnsupportedImage
@@ -98,7 +98,7 @@ def decode_photo(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Tensor:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         found = re.search(r"\((\d+) pixels\)", str(error))
         raise _too_many_pixels(int(found.group(1)) if found else None, limits) from error
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise UnsupportedImage(
             f"the upload is not a picture in an accepted format ({', '.join(FORMATS)})"
         ) from error
@@ -115,9 +115,7 @@ def decode_photo(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Tensor:
 def to_float(photo: Tensor) -> Tensor:
     """uint8 ``[3, H, W]`` in 0..255 -> float32 ``[1, 3, H, W]`` in [-1, 1]."""
     if photo.dtype != torch.uint8 or photo.dim() != 3 or photo.shape[0] != 3:
-        raise ValueError(
-            f"got {photo.dtype} {tuple(photo.shape)}, expected torch.uint8 (3, H, W)"
-        )
+        raise ValueError(f"got {photo.dtype} {tuple(photo.shape)}, expected torch.uint8 (3, H, W)")
     return photo.float().div(127.5).sub(1.0).unsqueeze(0)  # [1, 3, H, W]
 
 
