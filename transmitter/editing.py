@@ -128,13 +128,14 @@ class MatchLimits:
 
     max_steps: longest walk. looks: how many pictures may be drawn and judged after the first one;
     None: one per step, in order (the paper's loop). batch: pictures drawn at once. confidence: a
-    step at the target this sure ends the search.
+    step at the target this sure ends the search. stride: the turn of a step, in `step_rad`.
     """
 
     max_steps: int = 40
     looks: int | None = 8
     batch: int = 4
     confidence: float = 0.6
+    stride: float = 1.0
 
     def __post_init__(self) -> None:
         if self.max_steps < 1 or self.batch < 1 or (self.looks is not None and self.looks < 1):
@@ -148,7 +149,7 @@ LIMITS: Mapping[str, MatchLimits] = MappingProxyType(
     {
         "fast": MatchLimits(max_steps=40, looks=6, batch=3),
         "balanced": MatchLimits(max_steps=40, looks=16, batch=4),
-        "paper": MatchLimits(max_steps=100, looks=None, batch=1),
+        "paper": MatchLimits(max_steps=100, looks=None, batch=1, stride=0.4),
     }
 )
 
@@ -214,7 +215,8 @@ def match(
         raise ValueError(f"w must be [1, {fields.config.width}], got {list(w.shape)}")
     limit = LIMITS[limits] if isinstance(limits, str) else limits
     steps = limit.max_steps if max_steps is None else max_steps
-    walk = _Walk(w, edit, generator, fields, predictor, cancelled)
+    turn_rad = limit.stride * fields.config.step_rad
+    walk = _Walk(w, edit, generator, fields, predictor, cancelled, turn_rad)
     before = walk.degrees(0)
     expected = edit.expected(int(before[walk.index]))  # Eq. (10)
     if expected == int(before[walk.index]):
@@ -243,10 +245,11 @@ class _Walk:
         fields: Fields,
         predictor: Judge,
         cancelled: Callable[[], bool] | None,
+        turn_rad: float,
     ) -> None:
         self.attribute, self.index = edit.attribute, edit.attribute.index
         self.generator, self.fields, self.predictor = generator, fields, predictor
-        self.cancelled = cancelled
+        self.cancelled, self.turn_rad = cancelled, turn_rad
         self.path = [w]
         self.scores: dict[int, Tensor] = {}  # step -> scores [5]
         self.sign, self.expected = 1, 0
@@ -271,7 +274,7 @@ class _Walk:
         return (self.low + self.high) / 2
 
     def latent(self, step: int) -> Tensor:
-        turn_rad = self.sign * self.fields.config.step_rad
+        turn_rad = self.sign * self.turn_rad
         while len(self.path) <= step:
             self.path.append(self.fields.step(self.path[-1], self.attribute, turn_rad))
         return self.path[step]
@@ -367,7 +370,7 @@ def _ahead(walk: _Walk, near: int, steps: int, count: int) -> list[int]:
     """`count` steps after `near`, spread about the distance that the field's measured slope
     predicts.
     """
-    slope = max(walk.fields.config.slopes[walk.index] * walk.fields.config.step_rad, 1e-6)
+    slope = max(walk.fields.config.slopes[walk.index] * walk.turn_rad, 1e-6)
     expected = abs(walk.aim - walk.score(near)) / slope
     reach = [near + math.ceil(expected * factor) for factor in _SPREAD[-count:]]
     return sorted({min(steps, max(near + 1, step)) for step in reach})
