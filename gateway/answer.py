@@ -19,6 +19,7 @@ SNR_MIN_DB, SNR_MAX_DB = -20.0, 40.0
 K_MIN_DB, K_MAX_DB = 0.0, 40.0
 DEFAULT_SNR_DB = 12.0
 DEFAULT_K_DB = 9.0  # as the channel's own
+STAGES = ("read", "decode", "align", "invert", "edit", "encode", "draw", "pictures")
 PICTURES = ("aligned", "sent", "received")
 
 
@@ -152,8 +153,8 @@ class EditAnswer(_Frozen):
     timings_ms: Annotated[
         dict[str, float],
         Field(
-            description="stages of the transmitter (decode, align, invert, read, edit, encode, "
-            "pictures), then propagate and receive; queue is time spent waiting for a free worker, "
+            description="stages of the transmitter (read, decode, align, invert, edit, encode, "
+            "draw, pictures), then propagate and receive; queue is time waiting for a worker, "
             "overhead what the gateway and the three hops add, total the sum as the gateway saw it"
         ),
     ]
@@ -203,7 +204,9 @@ def stage_timings(
     `overhead` is what is left of `total_ms`: the gateway and the three hops.
     """
     services = (transmit, propagate, receive)
-    stages = {name: ms for name, ms in transmit.items() if name not in ("queue", "total")}
+    # A protobuf map keeps no order.
+    names = sorted(transmit, key=lambda n: STAGES.index(n) if n in STAGES else len(STAGES))
+    stages = {name: transmit[name] for name in names if name not in ("queue", "total")}
     stages["propagate"] = propagate.get("total", 0.0) - propagate.get("queue", 0.0)
     stages["receive"] = receive.get("total", 0.0) - receive.get("queue", 0.0)
     timings = {

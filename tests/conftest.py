@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Before torch is imported, here and in every process a test starts: more threads than cores, or two
@@ -11,6 +12,8 @@ os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
 
 import pytest
 import torch
+
+from shared.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -51,3 +54,71 @@ def bundle_folder() -> Path:
 def generator() -> torch.Generator:
     """A seeded source of randomness: every draw in a test comes from one like this."""
     return torch.Generator().manual_seed(20240531)
+
+
+@pytest.fixture(scope="session")
+def random_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole bundle of small random nets at 32 px: edits that mean nothing, quickly."""
+    from dataclasses import asdict
+
+    from shared.bundle import write_net
+    from shared.stylegan2 import Generator, GeneratorConfig
+    from transmitter.editing import Fields, FieldsConfig
+    from transmitter.faces import FaceNet, FaceNetConfig, FinderConfig
+    from transmitter.inversion import InversionConfig, InversionEncoder
+    from transmitter.predictor import Predictor, PredictorConfig
+    from transmitter.text import TextConfig, TextEncoder
+
+    folder = tmp_path_factory.mktemp("random-bundle")
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        generator = GeneratorConfig(image_size=32, mapping_layers=2, channels=(16, 16, 16, 16))
+        inversion = InversionConfig(image_size=32, channels=(16, 16, 16))
+        predictor = PredictorConfig(resolution=32, widths=(8, 8, 8), depths=(0, 0, 0))
+        faces, finder = FaceNetConfig((8, 8, 8, 8, 8), (0, 0, 0)), FinderConfig()
+        fields = FieldsConfig(depth=2)
+        text = TextConfig(words=64, pieces=64, width=16, hidden=16, layers=1, threshold=0.0)
+        nets = {
+            "generator": (Generator(generator), asdict(generator)),
+            "inversion": (InversionEncoder(inversion), inversion.to_json()),
+            "predictor": (Predictor(predictor), predictor.to_json()),
+            "faces": (FaceNet(faces), {"net": asdict(faces), "finder": asdict(finder)}),
+            "fields": (Fields(fields), fields.to_json()),
+            "text": (TextEncoder(text), asdict(text)),
+        }
+    for name, (net, config) in nets.items():
+        write_net(
+            folder, name, config=config, tensors=net.state_dict(), provenance={"recipe": "random"}
+        )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def services(random_bundle: Path) -> Iterator[Settings]:
+    """The three real services in this process, on free ports, with random weights.
+
+    Gives the settings with which a client finds them.
+    """
+    import channel_sim.service
+    import receiver.service
+    import transmitter.service
+    from shared.rpc import GrpcService, Server
+
+    settings = Settings(
+        transmitter_port=0, channel_port=0, receiver_port=0, weights=random_bundle, threads=1
+    )
+    registers: dict[GrpcService, Callable[[Server], Callable[[], None]]] = {
+        "transmitter": transmitter.service.register,
+        "channel": channel_sim.service.register,
+        "receiver": receiver.service.register,
+    }
+    servers = {name: Server(settings, name) for name in registers}
+    targets = {}
+    for name, server in servers.items():
+        load = registers[name](server)
+        targets[f"{name}_target"] = f"127.0.0.1:{server.start()}"
+        server.worker.submit(None, load).result(60)
+        server.ready()
+    yield settings.model_copy(update=targets)
+    for server in servers.values():
+        server.drain(0.0)

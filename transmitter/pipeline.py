@@ -32,6 +32,7 @@ from transmitter.text import Reading, TextReader
 
 Quality = Literal["fast", "balanced", "paper"]
 INVERSION_STEPS: dict[Quality, int] = {"fast": 0, "balanced": 10, "paper": 110}
+SMALLEST_ALIGNED = 16  # px: below, a square shows no face
 NO_EDIT = "-"  # the sentence that sends a photograph as it is
 
 
@@ -191,9 +192,10 @@ class Transmitter:
         size = self.image_size
         height, width = pixels.shape[1:]
         if not find:
-            if height != width:
+            if height != width or height < SMALLEST_ALIGNED:
                 raise InvalidRequest(
                     f"got a {width} x {height} px picture with align=false, expected a square one"
+                    f" of at least {SMALLEST_ALIGNED} px"
                 )
             image = to_float(pixels)
             if height != size:
@@ -215,8 +217,6 @@ def _degrees(found: Tensor) -> tuple[int, ...]:
 class _Watch:
     """Times the stages, tells of them as they begin, and stops between them when asked."""
 
-    STAGES = ("read", "decode", "align", "invert", "edit", "encode", "draw")
-
     def __init__(
         self,
         cancelled: Callable[[], bool] | None,
@@ -230,7 +230,7 @@ class _Watch:
         if self._cancelled is not None and self._cancelled():
             raise Cancelled(f"dropped before {stage}: the caller is gone")
         if self._progress is not None:
-            self._progress(stage, self.STAGES.index(stage) / len(self.STAGES))
+            self._progress(stage, 0.0)
         started = time.perf_counter()
         yield
         self._milliseconds[stage] = 1000 * (time.perf_counter() - started)
@@ -240,8 +240,7 @@ class _Watch:
         progress = self._progress
         if progress is None:
             return None
-        index, count = self.STAGES.index(stage), len(self.STAGES)
-        return lambda done: progress(stage, (index + done) / count)
+        return lambda done: progress(stage, done)
 
     def timings_ms(self) -> dict[str, float]:
         """Milliseconds of every stage, and their total."""

@@ -2,9 +2,9 @@
 
 const $ = (id) => document.getElementById(id);
 const form = $("form");
-const ATTRIBUTE_STAGES = { decode: "Reading the photo", align: "Finding the face", invert: "Inverting into the latent space", read: "Reading the sentence", edit: "Editing until the degree is right", encode: "Coding for the channel", pictures: "Drawing", propagate: "Crossing the air", receive: "Drawing what was received", queue: "Waiting for a free worker", overhead: "Hops" };
-const STAGE_ORDER = ["queue", "decode", "align", "invert", "read", "edit", "encode", "pictures", "propagate", "receive", "overhead"];
-const COLOURS = { queue: "--s6", decode: "--s6", align: "--s3", invert: "--s1", read: "--s4", edit: "--s2", encode: "--s5", pictures: "--s6", propagate: "--s5", receive: "--s3", overhead: "--s6" };
+const STAGE_WORDS = { decode: "Reading the photo", align: "Finding the face", invert: "Inverting into the latent space", read: "Reading the sentence", edit: "Editing until the degree is right", encode: "Coding for the channel", draw: "Drawing what is sent", pictures: "Writing PNGs", propagate: "Crossing the air", receive: "Drawing what was received", queue: "Waiting for a free worker", overhead: "Hops" };
+const STAGE_ORDER = ["queue", "read", "decode", "align", "invert", "edit", "encode", "draw", "pictures", "propagate", "receive", "overhead"];
+const COLOURS = { queue: "--s6", decode: "--s6", align: "--s3", invert: "--s1", read: "--s4", edit: "--s2", encode: "--s5", draw: "--s1", pictures: "--s6", propagate: "--s5", receive: "--s3", overhead: "--s6" };
 const SUGGESTIONS = ["make the smile bigger", "give him a fuller beard", "add eyeglasses", "make her look younger", "remove the bangs", "-"];
 
 let photo = null;        // File or Blob to send
@@ -180,11 +180,11 @@ async function* events(stream) {
 
 // ------------------------------------------------------------------------------------------ showing
 
-const WEIGHT = { decode: [0.02, 0.03], align: [0.05, 0.07], invert: [0.12, 0.48], read: [0.6, 0.02], edit: [0.62, 0.23], encode: [0.85, 0.02], pictures: [0.87, 0.02], propagate: [0.89, 0.02], receive: [0.91, 0.09] };
+const WEIGHT = { read: [0.02, 0.01], decode: [0.03, 0.02], align: [0.05, 0.07], invert: [0.12, 0.5], edit: [0.62, 0.23], encode: [0.85, 0.02], draw: [0.87, 0.02], propagate: [0.89, 0.02], receive: [0.91, 0.09] };
 
 function onProgress({ stage, fraction }) {
   const [start, share] = WEIGHT[stage] ?? [0, 0];
-  showProgress(ATTRIBUTE_STAGES[stage] ?? stage, start + share * fraction);
+  showProgress(STAGE_WORDS[stage] ?? stage, start + share * fraction);
 }
 
 function showProgress(words, value) {
@@ -298,7 +298,7 @@ function showTimes(timings) {
   $("timebar").setAttribute("aria-label", stages.map(words).join(", "));
   $("timekey").replaceChildren(...stages.map((stage) => {
     const item = document.createElement("li");
-    item.title = ATTRIBUTE_STAGES[stage] ?? stage;
+    item.title = STAGE_WORDS[stage] ?? stage;
     item.append(swatch(stage), words(stage));
     return item;
   }));
