@@ -73,7 +73,7 @@ def test_messages_of_another_length_are_refused(bundle: Bundle, generator: torch
         Receiver.from_bundle(bundle)(reception)
 
 
-def test_a_bundle_without_a_generator_is_refused(tmp_path: Path) -> None:
+def test_a_receiver_needs_a_generator(tmp_path: Path) -> None:
     write_net(tmp_path, "other", config={}, tensors={"a": torch.ones(1)}, provenance={})
     with pytest.raises(BundleError, match="generator"):
         Receiver.from_bundle(Bundle.open(tmp_path))

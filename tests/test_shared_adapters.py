@@ -277,7 +277,7 @@ def test_the_decoder_survives_deep_fades_and_clear_skies(
 # ---- bad input ------------------------------------------------------------------------------
 
 
-def test_wrong_shapes_are_refused() -> None:
+def test_latents_and_messages_of_another_shape_are_refused() -> None:
     with pytest.raises(InvalidRequest, match=r"latent has shape \[1, 30\]; expected \[B, 32\]"):
         ChannelEncoder(SMALL)(torch.ones(1, 30), 6.0)
     with pytest.raises(InvalidRequest, match=r"message has shape \[1, 17\]; expected \[B, 16\]"):

@@ -91,7 +91,7 @@ def test_a_checkpoint_for_another_generator_is_refused(options: RunOptions) -> N
     train(replace(options, steps=1, fresh=True), replace(RECIPE, probes=0))
 
 
-def test_a_bundle_without_a_generator_is_refused(options: RunOptions, tmp_path: Path) -> None:
+def test_the_recipe_needs_a_generator(options: RunOptions, tmp_path: Path) -> None:
     with pytest.raises(BundleError):
         train(replace(options, bundle=tmp_path / "nothing", steps=1), RECIPE)
 
