@@ -194,7 +194,7 @@ def test_the_callers_deadline_ends_the_work(served: tuple[Probe, Any, Settings])
     start = time.monotonic()
     with pytest.raises(DeadlineExceeded), translated("channel"):
         stub.Propagate(REQUEST, timeout=0.2)
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < 4
     assert stopped.wait(2)
     assert isinstance(probe.calls[-1].gone(), DeadlineExceeded)
 
