@@ -64,7 +64,7 @@ def targets(scenes: Scenes, side: int) -> tuple[Tensor, Tensor, Tensor]:
     heat, owner = bumps.max(1)
     reach = (0.5 * size).clamp(min=1.5 * STRIDE)[:, :, None, None]
     blurred = ((far < reach**2) & scenes.unclear[:, :, None, None]).any(1)
-    return heat, ~blurred | (heat > 0), owner
+    return heat, ~blurred | (heat > 0.3), owner
 
 
 def loss_of(net: FaceNet, scenes: Scenes) -> tuple[Tensor, Tensor]:

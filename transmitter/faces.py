@@ -33,7 +33,7 @@ from shared.images import to_uint8
 
 STRIDE = 8
 _MULTIPLE = 32  # the net halves five times
-_LOOK_SIDE = 112  # px, the second look
+_LOOK_SIDE = 128  # px, the second look
 # Five points about their middle, in eye distances: where the net starts from.
 _MEAN_FACE = ((-0.50, -0.54), (0.50, -0.54), (0.0, 0.08), (-0.44, 0.50), (0.44, 0.50))
 
