@@ -150,6 +150,8 @@ class ModulatedConv(nn.Module):
 class StyledLayer(nn.Module):
     """Modulated 3x3 convolution, synthesis noise where configured, bias, leaky ReLU."""
 
+    noise: Tensor  # [1, 1, S, S], where there is synthesis noise
+
     def __init__(
         self, in_channels: int, out_channels: int, size: int, up: bool, config: GeneratorConfig
     ) -> None:
@@ -207,7 +209,7 @@ class Synthesis(nn.Module):
             )
         x = self.constant.expand(len(w), -1, -1, -1).contiguous(memory_format=torch.channels_last)
         x = self.layers[0](x, w[:, 0])
-        rgb = self.to_rgb[0](x, w[:, 1])
+        rgb: Tensor = self.to_rgb[0](x, w[:, 1])
         for level in range(1, len(self.to_rgb)):
             x = self.layers[2 * level - 1](x, w[:, 2 * level - 1])
             x = self.layers[2 * level](x, w[:, 2 * level])
@@ -227,7 +229,9 @@ class Generator(nn.Module):
     @classmethod
     def from_bundle(cls, bundle: Bundle) -> "Generator":
         generator = cls(GeneratorConfig.from_json(bundle.config("generator")))
-        return bundle.load_into("generator", generator).to(memory_format=torch.channels_last)
+        bundle.load_into("generator", generator)
+        generator.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return generator
 
     def forward(self, z: Tensor) -> Tensor:
         image: Tensor = self.synthesis(self.mapping(z))
@@ -271,7 +275,8 @@ class Discriminator(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         x = _activate(self.from_rgb(image))
         for block in self.blocks:
-            first, second, skip = block  # type: ignore[misc]  # nn.ModuleList iterates as Module
+            assert isinstance(block, nn.ModuleList)
+            first, second, skip = block
             y = _activate(second(F.avg_pool2d(_activate(first(x)), 2)))
             x = (y + skip(F.avg_pool2d(x, 2))) * math.sqrt(0.5)
         x = _activate(self.last(_with_batch_deviation(x, self.group)))

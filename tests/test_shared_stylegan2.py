@@ -29,8 +29,9 @@ def small(image_size: int = 32, **changes: object) -> Generator:
 def per_sample(conv: ModulatedConv, w: Tensor) -> Tensor:
     """Weights scaled per sample and demodulated: Eqs. 1 to 3 of the StyleGAN2 paper, literally."""
     style = conv.style(w)
-    weight = conv.weight[None] * style[:, None, :, None, None]
-    return weight / (weight.square().sum((2, 3, 4), keepdim=True) + 1e-8).sqrt()
+    weight: Tensor = conv.weight[None] * style[:, None, :, None, None]
+    demodulated: Tensor = weight / (weight.square().sum((2, 3, 4), keepdim=True) + 1e-8).sqrt()
+    return demodulated
 
 
 @pytest.mark.parametrize("up", [False, True])

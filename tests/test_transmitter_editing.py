@@ -264,7 +264,7 @@ def test_paper_sizes() -> None:
     assert sum(p.numel() for p in fields.parameters()) == 5 * 8 * (512 * 512 + 512)
 
 
-def test_bundle_round_trip(tmp_path: Path) -> None:
+def test_fields_come_back_from_a_bundle(tmp_path: Path) -> None:
     fields = toy_fields()
     write_net(
         tmp_path,

@@ -103,7 +103,7 @@ def test_folding_changes_nothing() -> None:
     torch.testing.assert_close(folded(faces(4)), net(faces(4)), atol=1e-4, rtol=1e-4)
 
 
-def test_bundle_round_trip(tmp_path: Path) -> None:
+def test_predictor_comes_back_from_a_bundle(tmp_path: Path) -> None:
     folded = tiny().eval().fold()
     write_net(
         tmp_path,

@@ -215,7 +215,7 @@ class Nets:
 def learning_rate(recipe: Recipe, images: int) -> float:
     """Linear warm-up, constant, then falling with the square root: no end has to be known."""
     rise = min(1.0, (images + recipe.batch) / recipe.warmup)
-    fall = min(1.0, (recipe.rate_falls_after / max(images, 1)) ** 0.5)
+    fall: float = min(1.0, (recipe.rate_falls_after / max(images, 1)) ** 0.5)
     return recipe.rate * rise * fall
 
 

@@ -91,7 +91,9 @@ class InversionEncoder(nn.Module):
     @classmethod
     def from_bundle(cls, bundle: Bundle) -> "InversionEncoder":
         encoder = cls(InversionConfig.from_json(bundle.config("inversion")))
-        return bundle.load_into("inversion", encoder).to(memory_format=torch.channels_last)
+        bundle.load_into("inversion", encoder)
+        encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return encoder
 
     def forward(self, image: Tensor) -> Tensor:
         size = self.config.image_size
@@ -122,7 +124,7 @@ def invert(
     latents. Raises Cancelled when `cancelled()` turns true.
     """
     with torch.no_grad():
-        start = encoder(image)
+        start: Tensor = encoder(image)
     if steps == 0:
         return start
     w = start.clone().requires_grad_(True)
