@@ -2,7 +2,7 @@
 
     w --> s = A (w - mean) --> a(N0) s + R_enc(s, SNR) --> pair, unit power --> x
                                                                                 |
-    w_hat <-- mean + S s_hat <-- LMMSE(r) + R_dec(r, SNR) <-- unpair, r <-- x_hat
+    w_hat <-- mean + S (u LMMSE(r) + R_dec(r, SNR)) <-- unpair, r <-- x_hat
 
 The linear part is a closed form. A turns the latent into uncorrelated components of variance
 lambda_i; water-filling gives component i the power p_i that minimises what the best linear receiver
@@ -17,7 +17,8 @@ their last layer starts at zero, so training begins at the closed form and can o
 something better. They are modulated by the SNR (FiLM), or there is one of them per SNR class.
 
 The decoder's output is the posterior mean. Its norm is smaller than the latent's on purpose: the
-synthesis network is trained on such latents. No scalar of the message crosses beside the symbols.
+synthesis network is trained on such latents. No scalar of the message crosses beside the symbols:
+u, which undoes the scale that the power constraint took, is found from |w|^2 = k (`undo_scale`).
 """
 
 import math
@@ -150,6 +151,38 @@ def water_fill(spectrum: Tensor, noise_variance: Tensor) -> Tensor:
     active = (level * root > noise).sum(dim=1, keepdim=True).clamp_min(1)  # [B, 1]
     mu = level.gather(1, active - 1)  # [B, 1]
     return (mu * root - noise).clamp_min(0)
+
+
+def undo_scale(
+    moved: Tensor, mean: Tensor, energies: Tensor, power: Tensor, noise: Tensor
+) -> Tensor:
+    """What to multiply the linear estimate v of w - mean by: [B, 1], close to 1.
+
+    Uneven power makes the power of a message fluctuate, and normalising it scales the message by
+    an unknown c. No scalar crosses for that: |w|^2 = k is known at both ends, so with D the error
+    of the estimate, u = 1 / c solves
+
+        |mean + u v|^2 = k - D,    D = sum_i d_i,    d_i = l_i N0 / (p_i + N0)
+
+    The solution errs with the noise, Var ln u ~ sum (4 (l - d) d + 2 d^2) / (2 sum (l - d))^2, and
+    c varies by tau^2 = (sum p^2 - (sum p l)^2 / sum l^2) / (2 k^2) only: what of the message's
+    power |w|^2 does not fix already, nothing when p is even. So u is believed as far as Wiener's
+    rule says, u^(tau^2 / (tau^2 + Var ln u)).
+
+    moved: v [B, k]. energies: l_i = lambda_i |S_i|^2 [k]. power: p [B, k]. noise: N0 [B, 1].
+    """
+    k = len(energies)
+    left = energies * noise / (power + noise)  # d, [B, k]
+    kept = energies - left
+    norm = moved.square().sum(dim=1).clamp_min(1e-12)  # |v|^2, [B]
+    cross = moved @ mean  # mean . v, [B]
+    rest = k - left.sum(dim=1) - mean.square().sum()  # k - D - |mean|^2
+    solution = ((cross.square() + norm * rest).clamp_min(1e-6).sqrt() - cross) / norm
+    spread = (4 * kept * left + 2 * left.square()).sum(dim=1) / (2 * kept.sum(dim=1)).square()
+    fixed = (power * energies).sum(dim=1).square() / energies.square().sum()
+    tau = (power.square().sum(dim=1) - fixed).clamp_min(0) / (2 * k * k)
+    trust = tau / (tau + spread + 1e-6)  # [B], 0..1
+    return solution.clamp(0.1, 10.0).pow(trust).unsqueeze(1)
 
 
 class _Residual(nn.Module):
@@ -297,10 +330,14 @@ class ChannelDecoder(nn.Module):
         power = water_fill(self.spectrum, snr_db_to_noise_variance(sent))  # [B, k]
         noise = snr_db_to_noise_variance(snr).unsqueeze(1)  # [B, 1]
         white = received * power.sqrt() / (power + noise)  # E[s | r] for unit variance
+        spread = self.synthesis * self.spectrum.sqrt()  # [k, k], white components to latents
+        moved = white @ spread.T  # [B, k]
+        energies = spread.square().sum(dim=0)  # [k]
+        moved = moved * undo_scale(moved, self.mean, energies, power, noise)
         # 1 / sqrt(1 + N0) brings whatever was received to unit variance for the network.
         seen = received / (1 + noise).sqrt()
-        white = white + self.residual(seen, torch.stack((sent, snr), dim=1))
-        latent: Tensor = self.mean + (white * self.spectrum.sqrt()) @ self.synthesis.T
+        correction = self.residual(seen, torch.stack((sent, snr), dim=1))
+        latent: Tensor = self.mean + moved + correction @ spread.T
         return latent  # [B, k]
 
 

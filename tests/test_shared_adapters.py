@@ -22,6 +22,7 @@ from shared.adapters import (
     ChannelDecoder,
     ChannelEncoder,
     LinearCode,
+    undo_scale,
     water_fill,
 )
 from shared.bundle import Bundle, write_net
@@ -158,7 +159,7 @@ def test_water_filling_white_components_is_even() -> None:
 
 @pytest.mark.parametrize("snr_db", [-6.0, 0.0, 6.0, 12.0])
 def test_the_closed_form_meets_its_own_bound(snr_db: float, generator: torch.Generator) -> None:
-    """As water-filling predicts, up to the power constraint per message, and below LMMSE."""
+    """As water-filling predicts, and below LMMSE, although every message has unit power."""
     w = _coloured(3000, generator)
     code = LinearCode.fit(w)
     adapters = Adapters(AdapterConfig(latent=64), code)
@@ -167,8 +168,33 @@ def test_the_closed_form_meets_its_own_bound(snr_db: float, generator: torch.Gen
         w_hat = adapters.decoder(*equalise(reception))
     left = float((w_hat - w).square().sum() / (w - w.mean(0)).square().sum())
     n0 = 10 ** (-snr_db / 10)
-    assert left == pytest.approx(float(code.distortion(_noise(n0))), rel=0.15)
+    assert left == pytest.approx(float(code.distortion(_noise(n0))), rel=0.05)
     assert left < 0.8 * n0 / (1 + n0)
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.8])
+def test_the_scale_that_the_power_constraint_took_is_found_again(
+    shift: float, generator: torch.Generator
+) -> None:
+    """A few strong components: message powers differ widely, and yet there is no error floor."""
+    spread = torch.full((64,), 0.05)
+    spread[:4] = 1.0
+    w = to_sphere(torch.randn(2000, 64, generator=generator) * spread + shift)
+    code = LinearCode.fit(w)
+    adapters = Adapters(AdapterConfig(latent=64), code).requires_grad_(False)
+    for snr_db in (18.0, 30.0):
+        reception = channel(adapters.encoder(w, snr_db), snr_db, generator)
+        error = (adapters.decoder(*equalise(reception)) - w).square().sum()
+        left = float(error / (w - w.mean(0)).square().sum())
+        assert left < 2 * float(code.distortion(_noise(10 ** (-snr_db / 10)))) < 0.01
+
+
+def test_even_power_needs_no_scale(generator: torch.Generator) -> None:
+    moved = torch.randn(5, 64, generator=generator)
+    ones = torch.ones(64)
+    for noise in (0.001, 0.25, 10.0):
+        u = undo_scale(moved, torch.zeros(64), ones, ones.expand(5, 64), torch.full((5, 1), noise))
+        assert torch.equal(u, torch.ones(5, 1))
 
 
 def test_fit_inverts_and_decorrelates(generator: torch.Generator) -> None:
