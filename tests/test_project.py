@@ -10,8 +10,12 @@ import sys
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from edsc.cli import app
+from edsc.up import MODULES
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff"}
@@ -155,6 +159,43 @@ def test_repository_names_no_machine() -> None:
         for pattern in banned:
             hit = pattern.search(text)
             assert hit is None, f"{path.relative_to(ROOT)}: {hit.group() if hit else ''}"
+
+
+def _readme_block(language: str, number: int) -> str:
+    blocks = re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    return str(blocks[number])
+
+
+def test_readme_example_runs(bundle_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nets = json.loads((bundle_folder / "bundle.json").read_text())["nets"]
+    needed = {"generator", "inversion", "predictor", "faces", "text", "fields", "adapters"}
+    if missing := needed - set(nets):
+        pytest.skip(f"the bundle {bundle_folder} has no {', '.join(sorted(missing))}")
+    monkeypatch.chdir(ROOT)
+    names: dict[str, Any] = {}
+    exec(compile(_readme_block("python", 0), "README.md", "exec"), names)
+    assert names["symbols"].shape == (1, 256)
+    assert names["image"].shape == (1, 3, 128, 128)
+    assert float(names["image"].abs().max()) <= 1.0
+
+
+def test_readme_names_what_there_is() -> None:
+    """Every command, target and link in README.md."""
+    readme = (ROOT / "README.md").read_text()
+    commands = {
+        command.name or command.callback.__name__
+        for command in app.registered_commands
+        if command.callback is not None
+    }
+    assert set(re.findall(r"\bedsc ([a-z]+)\b", readme)) <= commands
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"(?:^|`|=1 )make ([a-z-]+)", readme, re.MULTILINE)) <= targets
+    for link in re.findall(r"\]\(([^):]+)\)", readme):
+        assert (ROOT / link).exists(), f"README links to {link}"
+    folders = re.findall(r"^([a-z_]+)/ ", readme, re.MULTILINE)
+    assert set(MODULES.values()) <= set(folders)
+    for folder in folders:
+        assert (ROOT / folder).is_dir(), f"README's tree has {folder}/"
 
 
 def test_no_pickles_among_the_weights() -> None:
