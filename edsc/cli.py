@@ -135,6 +135,8 @@ def edit(
     if seed is not None:
         order = Order(**{**vars(order), "seed": seed})
     data = photo.read_bytes()
+    if not out.parent.is_dir():  # said before the work, not after it
+        raise InvalidRequest(f"{out.parent} is no folder to write {out.name} to")
     with runner(url, weights, device) as work:
         done = work.edit(out.stem, data, order)
     out.write_bytes(done.pictures["received"])

@@ -153,6 +153,13 @@ class Stack:
                 time.sleep(0.1)
         raise Unavailable(f"not ready after {timeout_s:g} s: {states}")
 
+    def wait_end(self, name: ServiceName, timeout_s: float) -> int:
+        """Block until a process ends by itself; gives its exit status."""
+        try:
+            return self._processes[name].wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise Unavailable(f"the {name} still runs after {timeout_s:g} s") from None
+
     def kill(self, name: ServiceName) -> None:
         """kill -9 one process and wait for its end: what a test of faults wants."""
         self._processes[name].kill()

@@ -2,9 +2,11 @@
 
 import asyncio
 import logging
+import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import uvicorn
 
@@ -29,6 +31,15 @@ def bind(settings: Settings) -> socket.socket:
     return listener
 
 
+class Server(uvicorn.Server):
+    """uvicorn, but a drain on SIGTERM ends the process with status 0, not with the signal."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave the signals to `serve` below, which does not raise them again at the end."""
+        yield
+
+
 async def serve(settings: Settings, listener: socket.socket) -> None:
     """Serve until SIGTERM or SIGINT, then finish what is under way within `drain_s` seconds."""
     app = create_app(Link(settings), max_photo_bytes=settings.max_image_mib * MIB)
@@ -43,7 +54,11 @@ async def serve(settings: Settings, listener: socket.socket) -> None:
         ssl_certfile=settings.tls_certificate if tls else None,
         ssl_keyfile=settings.tls_key if tls else None,
     )
-    await uvicorn.Server(config).serve(sockets=[listener])
+    server = Server(config)
+    loop = asyncio.get_running_loop()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signum, server.handle_exit, signum, None)
+    await server.serve(sockets=[listener])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

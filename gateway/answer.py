@@ -13,7 +13,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 UNEDITED = "-"  # the sentence that sends the photo as it is
-MAX_SEED = 2**63 - 1
+MAX_SEED = 2**53 - 1  # survives JSON, whose numbers are doubles
 MAX_SENTENCE = 2000  # characters, as the transmitter's
 SNR_MIN_DB, SNR_MAX_DB = -20.0, 40.0
 K_MIN_DB, K_MAX_DB = 0.0, 40.0

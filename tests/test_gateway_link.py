@@ -1,13 +1,21 @@
 """The order of the hops, against real gRPC servers: what passes, what is told, what is given up."""
 
 import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import grpc
+import httpx
 import pytest
 import torch
 
@@ -25,7 +33,7 @@ from shared.errors import (
 )
 from shared.images import encode_png
 from shared.pb import edsc_pb2, edsc_pb2_grpc
-from shared.rpc import GrpcService, Server, unary
+from shared.rpc import FULL_NAMES, GrpcService, Server, unary
 from shared.settings import Settings
 from shared.wire import frame_from_wire, reception_from_wire
 
@@ -36,6 +44,14 @@ CALLER = Caller("test-1", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-
 def photo() -> bytes:
     pixels = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
     return encode_png(pixels)
+
+
+FORM = {"instruction": "-", "align": "false"}
+
+
+def address(url: str) -> tuple[str, int]:
+    host, port = url.removeprefix("http://").split(":")
+    return host, int(port)
 
 
 def order(**fields: Any) -> Order:
@@ -71,8 +87,10 @@ class Forwarder(edsc_pb2_grpc.TransmitterServicer, edsc_pb2_grpc.ChannelServicer
         self.asked: list[edsc_pb2.PropagateRequest] = []
         self.left_s: list[float] = []
         self.delay_s = 0.0
+        self.started = threading.Event()
 
     def Transmit(self, request: Any, context: Any) -> Any:
+        self.started.set()
         time.sleep(self.delay_s)
         reply = edsc_pb2_grpc.TransmitterStub(self.transmitter).Transmit(request, timeout=30)
         # A field of a later version of the contract: whoever decodes and encodes loses it.
@@ -173,8 +191,8 @@ def test_progress_tells_every_stage_in_order(services: Settings, photo: bytes) -
 def test_timings_add_up(services: Settings, photo: bytes) -> None:
     timings = asyncio.run(edit(Link(services), photo, order())).answer.timings_ms
     parts = sum(ms for name, ms in timings.items() if name != "total")
-    assert parts == pytest.approx(timings["total"], rel=0.15)
-    assert timings["overhead"] < 50
+    assert 0.5 * timings["total"] < parts <= 1.001 * timings["total"]
+    assert min(timings.values()) >= 0.0
 
 
 def test_errors_of_the_services_arrive_as_they_left(services: Settings, photo: bytes) -> None:
@@ -261,6 +279,59 @@ def test_a_cancelled_edit_cancels_the_call_under_way(
 
     asyncio.run(cancel())
     assert servicer.dropped.wait(2.0)
+
+
+@contextmanager
+def gateway(settings: Settings) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The gateway as a process of its own, in front of `settings`; gives it and its address."""
+    targets = {f"EDSC_{n.upper()}_TARGET": settings.target(n) for n in FULL_NAMES}
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "gateway", "--port", "0"],
+        cwd=Path(__file__).parent.parent,
+        env={**os.environ, **targets},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        yield process, "http://" + process.stdout.readline().split()[-1]
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("accept", ["application/json", "text/event-stream"])
+def test_a_client_that_hangs_up_is_noticed_to_the_last_hop(
+    stuck: tuple[Stuck, Settings], photo: bytes, accept: str
+) -> None:
+    servicer, settings = stuck
+    headers = {"accept": accept}
+    with gateway(settings) as (_, url):
+        with socket.create_connection(address(url)) as connection:
+            request = httpx.Request(
+                "POST", f"{url}/v1/edits", headers=headers, files={"image": photo}, data=FORM
+            )
+            head = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items())
+            connection.sendall(f"POST /v1/edits HTTP/1.1\r\n{head}\r\n".encode() + request.read())
+            assert servicer.started.wait(30.0)
+        assert servicer.dropped.wait(3.0)
+        assert httpx.get(f"{url}/healthz").status_code == 200
+
+
+def test_sigterm_lets_the_edit_under_way_end(
+    forwarder: tuple[Forwarder, Recorder, Settings], photo: bytes
+) -> None:
+    seen, _, settings = forwarder
+    seen.delay_s = 1.0
+    with gateway(settings) as (process, url), ThreadPoolExecutor(1) as pool:
+        edit = pool.submit(
+            httpx.post, f"{url}/v1/edits", timeout=30.0, data=FORM, files={"image": photo}
+        )
+        assert seen.started.wait(30.0)
+        process.send_signal(signal.SIGTERM)
+        assert edit.result(30.0).status_code == 200
+        assert process.wait(10.0) == 0
 
 
 @pytest.mark.parametrize("service", ["transmitter", "channel", "receiver"])

@@ -156,7 +156,8 @@ async function send() {
     if (mine.signal.aborted) return;  // a newer request has taken over
     showProblem({ title: "The gateway did not answer", detail: String(error.message ?? error) });
   } finally {
-    if (running === mine) { running = null; $("progress").hidden = true; $("pictures").classList.remove("stale"); }
+    // After a problem the pictures stay pale: they belong to the edit before.
+    if (running === mine) { running = null; $("progress").hidden = true; }
   }
 }
 

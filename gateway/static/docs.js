@@ -40,12 +40,12 @@ function table(head, rows) {
   return element("table", {}, element("thead", {}, cells("th", head)), element("tbody", {}, ...rows.map((row) => cells("td", row))));
 }
 
-function fields(schema) {
-  const required = new Set(schema.required ?? []);
+function fields(schema, mark) {
+  const required = new Set(mark ? schema.required : []);
   return Object.entries(schema.properties ?? {}).map(([name, field]) => [
     code(required.has(name) ? `${name} *` : name),
     typeOf(field),
-    [field.description ?? resolve(field).description ?? "", limits(field)].filter(Boolean).join("; "),
+    [field.description ?? resolve(field).description ?? "", limits(field)].filter(Boolean).join("; ").replaceAll("`", ""),
   ]);
 }
 
@@ -53,10 +53,10 @@ function operation(path, verb, about) {
   const body = element("div", { className: "body" });
   if (about.description) body.append(element("p", { textContent: about.description }));
   for (const [media, content] of Object.entries(about.requestBody?.content ?? {})) {
-    body.append(table([media, "type", "meaning (* required)"], fields(resolve(content.schema))));
+    body.append(table([media, "type", "meaning (* required)"], fields(resolve(content.schema), true)));
   }
   const result = resolve(about.responses?.["200"]?.content?.["application/json"]?.schema);
-  if (result.properties) body.append(table(["answer", "type", "meaning"], fields(result)));
+  if (result.properties) body.append(table(["answer", "type", "meaning"], fields(result, false)));
   const answers = Object.entries(about.responses ?? {}).map(([status, answer]) => [code(status), Object.keys(answer.content ?? {}).join(", "), answer.description]);
   body.append(table(["status", "media type", "meaning"], answers));
   return element("details", { className: "operation", open: path === "/v1/edits" },
