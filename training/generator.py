@@ -19,6 +19,7 @@ from the start (energy distance), so that drawing from z gives latents which G k
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,13 +44,13 @@ class Recipe:
     batch: int = 8
     channels: tuple[int, ...] = (256, 256, 256, 192, 96, 48)
     discriminator_channels: tuple[int, ...] = (256, 256, 192, 128, 64, 32)
-    rate: float = 1e-3
+    rate: float = 8e-4
     rate_falls_after: int = 24_000  # then as 1 / sqrt(images)
     warmup: int = 1_600
     mse: float = 4.0
     perceptual: float = 0.3
     identity: float = 1.0
-    identity_from: int = 1_600
+    identity_from: int = 4_000
     energy: float = 0.05
     adversary: float = 0.03
     adversary_from: int = 150_000
@@ -93,6 +94,12 @@ def train(options: RunOptions, recipe: Recipe | None = None) -> None:
         def checkpoint() -> None:
             run.save({**nets.state(), "order": order.state()})
 
+        def validate_and_write() -> None:
+            encoder = nets.settled_encoder(faces)
+            run.record(**validation.scores(encoder, nets.smooth_generator))
+            run.sheet(validation.sheet(encoder, nets.smooth_generator), 8)
+            nets.write(options.bundle, encoder, run)
+
         while not run.stopping:
             real = faces.batch(order.next(), torch.rand(recipe.batch, generator=draws) < 0.5)
             real = real.to(run.device, memory_format=torch.channels_last)
@@ -107,13 +114,9 @@ def train(options: RunOptions, recipe: Recipe | None = None) -> None:
             if run.due("checkpoint", 3):
                 checkpoint()
             if run.due("validation", 6):
-                run.record(**validation.scores(nets.smooth_encoder, nets.smooth_generator))
-                run.sheet(validation.sheet(nets.smooth_encoder, nets.smooth_generator), 8)
-                nets.write(options.bundle, run)
+                validate_and_write()
         checkpoint()
-        run.record(**validation.scores(nets.smooth_encoder, nets.smooth_generator))
-        run.sheet(validation.sheet(nets.smooth_encoder, nets.smooth_generator), 8)
-        nets.write(options.bundle, run)
+        validate_and_write()
 
 
 @dataclass(frozen=True)
@@ -140,9 +143,7 @@ class Nets:
         self.discriminator = Discriminator(config.image_size, recipe.discriminator_channels)
         self.discriminator.to(**form)  # type: ignore[call-overload]
         self.optimiser = torch.optim.AdamW(
-            [*self.generator.parameters(), *self.encoder.parameters()],
-            lr=recipe.rate,
-            betas=(0.9, 0.98),
+            rate_groups(self.generator, self.encoder), lr=recipe.rate, betas=(0.9, 0.98)
         )
         self.critic = torch.optim.Adam(
             self.discriminator.parameters(), lr=recipe.discriminator_rate, betas=(0.0, 0.99)
@@ -193,23 +194,58 @@ class Nets:
             (self.smooth_generator, self.generator),
             (self.smooth_encoder, self.encoder),
         ):
-            ours, theirs = smooth.state_dict(), live.state_dict()
-            floating = [key for key, value in ours.items() if value.is_floating_point()]
             torch._foreach_lerp_(  # one call instead of a loop over 200 tensors
-                [ours[key] for key in floating], [theirs[key] for key in floating], 1 - keep
+                list(smooth.parameters()), list(live.parameters()), 1 - keep
             )
 
-    def write(self, folder: Path, run: Run) -> None:
+    @torch.no_grad()
+    def settled_encoder(self, faces: FaceSet, count: int = 512) -> InversionEncoder:
+        """The averaged encoder with normalisation statistics measured on `count` training faces.
+
+        Running statistics lag behind weights that move, and belong to the live weights anyway.
+        """
+        encoder = deepcopy(self.smooth_encoder)
+        encoder.train()
+        for module in encoder.modules():
+            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+                module.reset_running_stats()
+                module.momentum = None  # a plain mean over the batches
+        for index in torch.arange(min(count, len(faces))).chunk(max(1, count // 128)):
+            encoder(faces.batch(index).to(self.device))
+        encoder.eval()
+        return encoder
+
+    def write(self, folder: Path, encoder: InversionEncoder, run: Run) -> None:
         """Write G, E and D to the bundle, so that a later run can go on from there alone."""
         provenance = run.provenance()
         for net, module, config in (
             ("generator", self.smooth_generator, self.generator.config.to_json()),
-            ("inversion", self.smooth_encoder, self.encoder.config.to_json()),
+            ("inversion", encoder, self.encoder.config.to_json()),
             ("discriminator", self.discriminator, {}),
         ):
             write_net(
                 folder, net, config=config, tensors=module.state_dict(), provenance=provenance
             )
+
+
+def rate_groups(generator: Generator, encoder: InversionEncoder) -> list[dict[str, Any]]:
+    """Parameters by how far one step of Adam may move them.
+
+    A step moves every weight alike, so a layer that sums 512 inputs of one sign moves its output
+    512 times as far. Demodulated and batch-normalised convolutions do not mind; styles, RGB,
+    the mapping network and the encoder's head do.
+    """
+    scales: dict[float, list[nn.Parameter]] = {1.0: [], 0.3: [], 0.1: [], 0.03: []}
+    for name, parameter in generator.named_parameters():
+        if name.startswith("mapping"):
+            scales[0.03].append(parameter)
+        elif "style" in name:
+            scales[0.1].append(parameter)
+        else:
+            scales[0.3 if "to_rgb" in name else 1.0].append(parameter)
+    for name, parameter in encoder.named_parameters():
+        scales[0.3 if name.startswith("head") else 1.0].append(parameter)
+    return [{"params": parameters, "scale": scale} for scale, parameters in scales.items()]
 
 
 def learning_rate(recipe: Recipe, images: int) -> float:
@@ -247,7 +283,7 @@ def reconstruct(
 ) -> dict[str, Tensor]:
     """One step of E, G and the mapping network; returns its losses."""
     for group in nets.optimiser.param_groups:
-        group["lr"] = learning_rate(recipe, images)
+        group["lr"] = learning_rate(recipe, images) * group["scale"]
     with torch.no_grad(), torch.autocast(real.device.type, torch.bfloat16):
         features = judges.squeeze(real)
     with torch.autocast(real.device.type, torch.bfloat16):
