@@ -201,7 +201,7 @@ def test_of_an_animation_the_first_frame_is_taken(http: httpx.Client) -> None:
     assert aligned[0] == aligned[1]
 
 
-def test_exif_orientation_is_honoured(http: httpx.Client) -> None:
+def test_exif_orientation_is_honoured_over_rest(http: httpx.Client) -> None:
     upright = picture()
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees clockwise to see it upright
