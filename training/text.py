@@ -1,0 +1,216 @@
+"""Recipe: the text encoder, trained on the grammar's sentences alone (minutes on one core).
+
+::
+
+    grammar -> sentence + labels -> hashed words and pieces -> TextEncoder -> six cross-entropies
+
+The refusal threshold, and the scores in the bundle, come from `sentences_dev.jsonl`: sentences
+written by hand, apart from the grammar.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from random import Random
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from shared.bundle import write_net
+from shared.errors import InstructionRefused
+from training.run import Run, RunOptions
+from training.sentences import DEV_SET, Sentence, make_sentence, read_sentences
+from transmitter.text import (
+    NET,
+    Heads,
+    Sentences,
+    TextConfig,
+    TextEncoder,
+    config_to_json,
+    decide,
+    tokenise,
+)
+
+NAME = "text"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the run does; the defaults are the shipped net's."""
+
+    steps: int = 1600
+    batch: int = 128
+    chunk: int = 16  # batches drawn at once and sorted by length, so that padding is short
+    rate: float = 2e-3
+    warm_up: int = 100
+    weight_decay: float = 0.01
+    hidden_words: float = 0.15  # share of words known by their pieces only
+    smoothing: float = 0.02
+
+
+def train(
+    options: RunOptions, recipe: Recipe | None = None, config: TextConfig | None = None
+) -> None:
+    """Train, and write the net `text` to `options.bundle`; goes on from the last checkpoint."""
+    recipe = recipe or Recipe()
+    with Run(NAME, options) as run:
+        saved = run.restore()
+        encoder = TextEncoder(config or TextConfig()).to(run.device)
+        optimiser = torch.optim.AdamW(
+            encoder.parameters(), recipe.rate, (0.9, 0.98), weight_decay=recipe.weight_decay
+        )
+        if saved is not None:
+            encoder.load_state_dict(saved["encoder"])
+            optimiser.load_state_dict(saved["optimiser"])
+        development = read_sentences(DEV_SET)
+
+        def checkpoint() -> None:
+            run.save({"encoder": encoder.state_dict(), "optimiser": optimiser.state_dict()})
+            calibrated, scores = calibrate(encoder, development)
+            run.record(**scores)
+            write_net(
+                options.bundle,
+                NET,
+                config=config_to_json(calibrated),
+                tensors=encoder.state_dict(),
+                provenance=run.provenance(
+                    data="sentences of the project's own grammar (training/*.toml)",
+                    development=scores,
+                ),
+            )
+            encoder.train()
+
+        encoder.train()
+        chunk: list[list[Sentence]] = []
+        while run.step < recipe.steps and not run.stopping:
+            number, place = divmod(run.step, recipe.chunk)
+            if place == 0 or not chunk:
+                chunk = draw_chunk(options.seed, number, recipe)
+            batch = chunk[place]
+            sentences, labels = to_tensors(encoder, batch, run.device)
+            keep = (torch.rand(len(sentences.words)) >= recipe.hidden_words).float()  # [N]
+            for group in optimiser.param_groups:
+                group["lr"] = rate_at(run.step, recipe)
+            loss = loss_of(encoder(sentences, keep.to(run.device)), labels, recipe.smoothing)
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
+            optimiser.step()
+            run.step += 1
+            run.images += len(batch)  # sentences here
+            if run.due("report", 0.25):
+                run.record(loss=loss.item())
+            if run.due("checkpoint", 2):
+                checkpoint()
+        checkpoint()
+
+
+def rate_at(step: int, recipe: Recipe) -> float:
+    """Learning rate: linear warm-up, then a cosine to zero over the recipe's steps."""
+    if step < recipe.warm_up:
+        return recipe.rate * (step + 1) / recipe.warm_up
+    done = (step - recipe.warm_up) / max(1, recipe.steps - recipe.warm_up)
+    return recipe.rate * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def draw_chunk(seed: int, number: int, recipe: Recipe) -> list[list[Sentence]]:
+    """The `number`-th batches, drawn from the seed and the number alone: a run resumes exactly."""
+    rng = Random(f"{seed}/{number}")
+    drawn: list[tuple[int, Sentence]] = []
+    while len(drawn) < recipe.batch * recipe.chunk:
+        sentence = make_sentence(rng)
+        if length := len(tokenise(sentence.text)):
+            drawn.append((length, sentence))
+    drawn.sort(key=lambda pair: pair[0])
+    batches = [
+        [sentence for _, sentence in drawn[i : i + recipe.batch]]
+        for i in range(0, len(drawn), recipe.batch)
+    ]
+    rng.shuffle(batches)
+    return batches
+
+
+def to_tensors(
+    encoder: TextEncoder, batch: Sequence[Sentence], device: torch.device
+) -> tuple[Sentences, Tensor]:
+    """The numbered sentences and their labels [B, 6], UNSET where a sentence has none."""
+    sentences = encoder.number([tokenise(sentence.text) for sentence in batch])
+    labels = torch.tensor([sentence.labels for sentence in batch])  # [B, 6]
+    return sentences.to(device), labels.to(device)
+
+
+def loss_of(heads: Heads, labels: Tensor, smoothing: float) -> Tensor:
+    """Sum of the heads' cross-entropies, each over the sentences that have its label."""
+    total = torch.zeros((), device=labels.device)
+    for logits, wanted in zip(heads, labels.T, strict=True):
+        # Divided by the whole batch: sentences without the label count as none.
+        losses = F.cross_entropy(
+            logits, wanted, ignore_index=-1, label_smoothing=smoothing, reduction="sum"
+        )
+        total = total + losses / len(labels)
+    return total
+
+
+@torch.no_grad()
+def predict(encoder: TextEncoder, sentences: Sequence[Sentence]) -> list[Heads]:
+    """Head probabilities of every sentence, each head [classes]."""
+    encoder.eval()
+    device = next(encoder.parameters()).device
+    batch, _ = to_tensors(encoder, sentences, device)
+    heads = [head.cpu().double().softmax(1) for head in encoder(batch)]
+    return [Heads(*(head[i] for head in heads)) for i in range(len(sentences))]
+
+
+def score(
+    probabilities: Sequence[Heads], sentences: Sequence[Sentence], threshold: float
+) -> dict[str, float]:
+    """Shares of right answers.
+
+    direction: attribute and mode right, and the direction of a change, of the sentences in scope;
+    size: also the size or the target; refused: of those out of scope.
+    """
+    inside = right = exact = outside = refused = 0
+    for heads, sentence in zip(probabilities, sentences, strict=True):
+        try:
+            edit = decide(heads, threshold).edit
+        except InstructionRefused:
+            edit = None
+        if sentence.scope != 0:
+            outside += 1
+            refused += edit is None
+            continue
+        inside += 1
+        if edit is None or edit.attribute.index != sentence.attribute:
+            continue
+        if sentence.mode == 1:
+            right += edit.mode == "target"
+            exact += edit.target == sentence.target
+        else:
+            same = edit.direction == ("more", "less")[sentence.direction] and edit.mode == "change"
+            right += same
+            exact += same and edit.value == sentence.size + 1
+    return {
+        "direction": right / max(1, inside),
+        "size": exact / max(1, inside),
+        "refused": refused / max(1, outside),
+    }
+
+
+def calibrate(
+    encoder: TextEncoder, development: Sequence[Sentence]
+) -> tuple[TextConfig, dict[str, float]]:
+    """The configuration with the best threshold on `development`, and the scores there.
+
+    Best: the middle of those with the most sentences right in scope and refused out of it.
+    """
+    probabilities = predict(encoder, development)
+    thresholds = [0.02 * i for i in range(5, 46)]
+    totals = []
+    for threshold in thresholds:
+        scores = score(probabilities, development, threshold)
+        totals.append(round(scores["direction"] + scores["refused"], 6))
+    best = [t for t, total in zip(thresholds, totals, strict=True) if total == max(totals)]
+    threshold = round(best[len(best) // 2], 2)
+    scores = score(probabilities, development, threshold)
+    return replace(encoder.config, threshold=threshold), {**scores, "threshold": threshold}
