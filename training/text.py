@@ -56,7 +56,9 @@ def train(
     recipe = recipe or Recipe()
     with Run(NAME, options) as run:
         saved = run.restore()
-        encoder = TextEncoder(config or TextConfig()).to(run.device)
+        with torch.random.fork_rng(devices=[]):  # building a net must not move the restored state
+            torch.manual_seed(options.seed)
+            encoder = TextEncoder(config or TextConfig()).to(run.device)
         optimiser = torch.optim.AdamW(
             encoder.parameters(), recipe.rate, (0.9, 0.98), weight_decay=recipe.weight_decay
         )
