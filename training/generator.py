@@ -204,7 +204,7 @@ class Nets:
 
         Running statistics lag behind weights that move, and belong to the live weights anyway.
         """
-        encoder = deepcopy(self.smooth_encoder)
+        encoder: InversionEncoder = deepcopy(self.smooth_encoder)
         encoder.train()
         for module in encoder.modules():
             if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):

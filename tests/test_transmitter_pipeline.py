@@ -1,0 +1,97 @@
+"""The transmitter as one call, on small random nets: what holds whatever the weights."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from shared.bundle import Bundle
+from shared.errors import BundleError, Cancelled, InvalidRequest, UnsupportedImage
+from shared.images import encode_png
+from shared.symbols import average_power
+from transmitter.pipeline import Transmitter
+
+
+@pytest.fixture(scope="module")
+def transmitter(random_bundle: Path) -> Transmitter:
+    return Transmitter.from_bundle(Bundle.open(random_bundle))
+
+
+@pytest.fixture
+def photo() -> bytes:
+    picture = torch.rand(1, 3, 48, 48, generator=torch.Generator().manual_seed(5)) * 2 - 1
+    return encode_png(picture)
+
+
+def test_an_unedited_message_has_unit_power_and_no_edit(
+    transmitter: Transmitter, photo: bytes
+) -> None:
+    sent = transmitter.transmit(photo, "-", snr_db=6.0, quality="fast", align=False)
+    assert sent.symbols.shape == (1, 256)
+    assert sent.symbols.dtype == torch.complex64
+    torch.testing.assert_close(average_power(sent.symbols), torch.ones(1))
+    assert sent.edit is None
+    assert sent.before is None
+    assert sent.expected is None
+    assert sent.reached is None
+    assert sent.faces_found == 0
+    assert len(sent.after) == 5
+    assert sent.aligned.shape == sent.sent.shape == (1, 3, 32, 32)
+
+
+def test_the_same_photo_gives_the_same_symbols(transmitter: Transmitter, photo: bytes) -> None:
+    runs = [
+        transmitter.transmit(photo, "-", snr_db=0.0, quality="balanced", align=False).symbols
+        for _ in range(2)
+    ]
+    torch.testing.assert_close(runs[0], runs[1], rtol=0, atol=0)
+
+
+def test_bytes_and_pixels_are_the_same_photo(transmitter: Transmitter) -> None:
+    square = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
+    as_bytes = encode_png(square[None].float() / 127.5 - 1)
+    symbols = [
+        transmitter.transmit(form, "-", snr_db=0.0, quality="fast", align=False).symbols
+        for form in (square, as_bytes)
+    ]
+    torch.testing.assert_close(symbols[0], symbols[1], rtol=1e-4, atol=1e-4)
+
+
+def test_every_stage_is_timed_and_told(transmitter: Transmitter, photo: bytes) -> None:
+    told: list[tuple[str, float]] = []
+    sent = transmitter.transmit(
+        photo, "-", snr_db=6.0, quality="fast", align=False, progress=lambda *x: told.append(x)
+    )
+    stages = ["read", "decode", "align", "invert", "edit", "encode", "draw"]
+    assert [stage for stage, _ in told] == stages
+    assert [fraction for _, fraction in told] == sorted(fraction for _, fraction in told)
+    parts = [sent.timings_ms[stage] for stage in stages]
+    assert sent.timings_ms["total"] == pytest.approx(sum(parts))
+
+
+def test_a_caller_who_left_is_not_worked_for(transmitter: Transmitter, photo: bytes) -> None:
+    with pytest.raises(Cancelled, match="before read"):
+        transmitter.transmit(photo, "-", snr_db=6.0, align=False, cancelled=lambda: True)
+
+
+def test_an_aligned_picture_must_be_square(transmitter: Transmitter) -> None:
+    with pytest.raises(InvalidRequest, match="40 x 30"):
+        transmitter.transmit(
+            torch.zeros(3, 30, 40, dtype=torch.uint8), "-", snr_db=6.0, align=False
+        )
+
+
+def test_unknown_quality_names_those_there_are(transmitter: Transmitter, photo: bytes) -> None:
+    with pytest.raises(InvalidRequest, match=r"'best'.*fast, balanced, paper"):
+        transmitter.transmit(photo, "-", snr_db=6.0, quality="best")  # type: ignore[arg-type]
+
+
+def test_bytes_that_are_no_picture_are_refused(transmitter: Transmitter) -> None:
+    with pytest.raises(UnsupportedImage):
+        transmitter.transmit(b"not a picture at all", "-", snr_db=6.0)
+
+
+def test_a_bundle_without_a_net_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "bundle.json").write_text('{"format": 1, "name": "x", "nets": {}}')
+    with pytest.raises(BundleError, match="no net"):
+        Transmitter.from_bundle(Bundle.open(tmp_path))
