@@ -28,7 +28,8 @@ def nets(random_bundle: Path) -> Nets:
 def drawn_face(generator: Generator, seed: int) -> torch.Tensor:
     z = torch.randn(1, generator.config.z_dim, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
-        return generator(z)
+        image: torch.Tensor = generator(z)
+    return image
 
 
 def objective(w: torch.Tensor, image: torch.Tensor, nets: Nets) -> float:
@@ -83,5 +84,5 @@ def test_pictures_of_another_size_are_refused_with_both_shapes(nets: Nets) -> No
 
 
 def test_channel_counts_must_fit_the_size() -> None:
-    with pytest.raises(InvalidRequest, match="got 2 .* expected 5"):
+    with pytest.raises(InvalidRequest, match=r"got 2 .* expected 5"):
         InversionConfig(image_size=128, channels=(8, 8))
