@@ -9,9 +9,17 @@ import torch
 from shared.bundle import Bundle
 from shared.errors import InvalidRequest
 from training import faces
-from training.faces import match, targets, train
+from training.faces import match, rate_at, targets, train
 from training.run import RunOptions
-from training.scenes import CANVAS, Scenes, draw_scenes, empty_scenes, load_photos, make_fake_photos
+from training.scenes import (
+    CANVAS,
+    Scenes,
+    draw_crops,
+    draw_scenes,
+    empty_scenes,
+    load_photos,
+    make_fake_photos,
+)
 from transmitter.faces import Face, FaceFinder, box_of
 
 SHAPE = torch.tensor([[-0.5, -0.54], [0.5, -0.54], [0.0, 0.08], [-0.44, 0.5], [0.44, 0.5]])
@@ -56,6 +64,22 @@ def test_points_follow_the_scene(data: Path) -> None:
     assert darker > 0.75 * seen
 
 
+def test_points_follow_the_crop(data: Path) -> None:
+    photos = load_photos(data / "raw_photos_train")
+    generator = torch.Generator().manual_seed(0)
+    pictures, points = draw_crops(photos, torch.arange(12), 96, 0.85, generator)
+    assert pictures.shape == (12, 3, 96, 96)
+    darker = 0
+    for number in range(12):
+        picture = pictures[number].mean(0)
+        x, y = points[number, 4].int().tolist()  # the image-right mouth corner
+        around = picture[y - 6 : y + 7, x - 6 : x + 7]
+        darker += int(picture[y - 1 : y + 2, x - 1 : x + 2].mean() < around.mean())
+    assert darker >= 9
+    # Cut only slightly wrong: the eyes are near where an upright face has them.
+    assert float((points[:, 0] - torch.tensor([34.0, 45.0])).norm(dim=1).mean()) < 15
+
+
 def test_scenes_hold_several_none_and_repeat(data: Path) -> None:
     photos = load_photos(data / "raw_photos_train")
     drawn = [
@@ -84,6 +108,15 @@ def test_targets() -> None:
     assert bool(sure[0, 0, 0])
 
 
+def test_rate_warms_up_and_comes_to_rest_twice() -> None:
+    end = faces.FINDER_STEPS
+    assert rate_at(0) < 0.05 * faces.RATE
+    assert rate_at(end // 5) > 0.85 * faces.RATE
+    assert rate_at(end - 1) == pytest.approx(0.0)
+    assert rate_at(end + faces.POINTS_STEPS // 10) > 0.9 * faces.RATE
+    assert rate_at(end + faces.POINTS_STEPS) == pytest.approx(0.0)
+
+
 def test_match() -> None:
     points = SHAPE * 40 + 100
     face = Face(points + torch.tensor([2.0, 0.0]), box_of(points), 0.9)
@@ -107,6 +140,7 @@ def test_a_resumed_run_is_the_same_run(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(faces, "BATCH", 8)
+    monkeypatch.setattr(faces, "FINDER_STEPS", 2)  # the second net learns from then on
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(options(data, whole, 4))
     train(options(data, parts, 1))

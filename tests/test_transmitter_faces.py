@@ -22,7 +22,9 @@ from transmitter.faces import (
     FaceFinder,
     FaceNet,
     FaceNetConfig,
+    FaceNets,
     FinderConfig,
+    PointNet,
     align,
     box_of,
     bundle_config,
@@ -228,21 +230,30 @@ def test_net_refuses_sizes_it_cannot_halve() -> None:
     logits, points = net(torch.zeros(2, 3, 64, 96))
     assert logits.shape == (2, 8, 12)
     assert points.shape == (2, 8, 12, 5, 2)
-    assert sum(p.numel() for p in net.parameters()) <= 500_000
+    both = sum(p.numel() for p in FaceNets(FaceNetConfig()).parameters())
+    assert both <= 750_000
 
 
-def test_bundle_round_trip(tmp_path: Path) -> None:
+def test_point_net_gives_points_inside_the_crop() -> None:
+    net = PointNet().eval()
+    points = net(torch.zeros(2, 3, 96, 96))
+    assert points.shape == (2, 5, 2)
+    assert bool(((points > 0) & (points < 96)).all())
+    with pytest.raises(ValueError, match="96, 90"):
+        net(torch.zeros(1, 3, 96, 90))
+
+
+def test_face_finder_comes_back_from_a_bundle(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    net = FaceNet(FaceNetConfig(widths=(4, 4, 8, 8, 8), blocks=(1, 1, 1)))
-    config = bundle_config(net.config, FinderConfig(0.61, (160, 320), 5))
-    write_net(tmp_path, "faces", config=config, tensors=net.state_dict(), provenance={})
+    nets = FaceNets(FaceNetConfig(widths=(4, 4, 8, 8, 8), blocks=(1, 1, 1)))
+    config = bundle_config(nets.config, FinderConfig(0.61, (160, 320), 5))
+    write_net(tmp_path, "faces", config=config, tensors=nets.state_dict(), provenance={})
     finder = FaceFinder.from_bundle(Bundle.open(tmp_path))
     assert finder.config == FinderConfig(0.61, (160, 320), 5)
-    assert finder.net.config == net.config
+    assert finder.nets.config == nets.config
     assert finder(noise_photo(1, 1)) == []
-    write_net(tmp_path, "other", config={}, tensors={}, provenance={})
     with pytest.raises(BundleError):
-        FaceFinder(net, FinderConfig()).from_bundle(Bundle.open(_without_faces(tmp_path)))
+        FaceFinder.from_bundle(Bundle.open(_without_faces(tmp_path)))
 
 
 def _without_faces(folder: Path) -> Path:
@@ -364,7 +375,7 @@ def test_speed_on_one_core(finder: FaceFinder) -> None:
         started = time.perf_counter()
         finder(photo)
         times.append(time.perf_counter() - started)
-    assert min(times) < 0.06  # 10 ms and less where nothing else runs
+    assert min(times) < 0.1  # about 10 ms where nothing else runs
 
 
 def pattern(kind: str, number: int) -> Tensor:

@@ -1,14 +1,17 @@
-"""The face finder: `edsc train faces`. About eight minutes on one CPU core.
+"""The face finder: `edsc train faces`. About ten minutes on one CPU core.
 
-Learns from 3,000 unaligned photographs with five points each, moved and mixed into scenes
-(training/scenes.py): turned by up to 40 degrees, from a tenth of the picture to more than all of
-it, several in one picture, or none. The last 150 photographs are kept apart; on them and on empty
-scenes the threshold is chosen at every checkpoint.
+Learns from 3,000 unaligned photographs with five points each (training/scenes.py). First
+`FaceNet`, from scenes: faces turned by up to 40 degrees, from a tenth of the picture to more than
+all of it, several in one picture, or none. Then `PointNet`, from upright crops that are cut
+somewhat wrong. The last 150 photographs are kept apart; on them and on empty scenes the threshold
+is chosen at every checkpoint.
 
-Loss, per cell of the grid: the penalty-reduced focal loss of "Objects as points" (Zhou et al. 2019,
-Eq. 1) for the score, and the distance of the points in units of the face's size.
+Loss of the first, per cell of the grid: the penalty-reduced focal loss of "Objects as points"
+(Zhou et al. 2019, Eq. 1) for the score, and the distance of the points in face sizes. Of the
+second: the distance of the points.
 """
 
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,27 +25,40 @@ from shared.bundle import write_net
 from shared.images import to_uint8
 from training.data import Order
 from training.run import Run, RunOptions
-from training.scenes import PhotoSet, Scenes, draw_scenes, empty_scenes, load_photos
+from training.scenes import (
+    PhotoSet,
+    Scenes,
+    draw_crops,
+    draw_scenes,
+    empty_scenes,
+    load_photos,
+)
 from transmitter.faces import (
+    LOOK_SCALE,
+    LOOK_SIDE,
     STRIDE,
     Face,
     FaceFinder,
     FaceNet,
     FaceNetConfig,
+    FaceNets,
     FinderConfig,
+    PointNet,
     bundle_config,
     face_size,
     grid_centres,
 )
 
 NAME = "faces"
-STEPS = 4500
+FINDER_STEPS = 3200
+POINTS_STEPS = 3000
 BATCH = 32
 SIDE = 128  # px of a scene
 RATE = 3e-3
+WARM_UP = 0.05  # of each part, then half a cosine down to zero
 HELD_OUT = 150
 AVERAGE = 0.998  # the shipped net is a running mean of the trained one
-CHECKPOINT_MINUTES = 2.0
+CHECKPOINT_MINUTES = 3.0
 
 
 def targets(scenes: Scenes, side: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,6 +102,22 @@ def loss_of(net: FaceNet, scenes: Scenes) -> tuple[Tensor, Tensor]:
     return score_loss, (apart * weight).sum() / weight.sum().clamp(min=1)
 
 
+def points_loss_of(net: PointNet, pictures: Tensor, points: Tensor) -> Tensor:
+    """Mean distance along x and y in percent of the crop's side, smooth below half a percent."""
+    got = net(pictures.contiguous(memory_format=torch.channels_last))
+    percent = 100 / pictures.shape[-1]
+    return F.smooth_l1_loss(got * percent, points * percent, beta=0.5)
+
+
+def rate_at(step: int) -> float:
+    """Learning rate of a step: each part warms up and comes to rest on its own."""
+    if step < FINDER_STEPS:
+        part = (step + 1) / FINDER_STEPS
+    else:
+        part = (step + 1 - FINDER_STEPS) / POINTS_STEPS
+    return RATE * min(1.0, part / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * min(1.0, part)))
+
+
 def eye_distance(points: Tensor) -> float:
     """Distance of the eyes, px; [5, 2] -> float."""
     return float((points[1] - points[0]).norm())
@@ -103,14 +135,14 @@ def match(face: Face | None, points: Tensor) -> float | None:
 
 
 def evaluate(
-    net: FaceNet, photos: PhotoSet, empty: Tensor
+    nets: FaceNets, photos: PhotoSet, empty: Tensor
 ) -> tuple[FinderConfig, dict[str, float]]:
     """Choose the threshold on empty pictures [N, 3, S, S]; score the finder on held-out photos."""
-    low = FaceFinder(net, FinderConfig(threshold=0.3))
+    low = FaceFinder(nets, FinderConfig(threshold=0.3))
     false = [max((f.score for f in low(to_uint8(picture))), default=0.0) for picture in empty]
     threshold = min(0.8, max(0.4, max(false) + 0.05))
     config = replace(low.config, threshold=round(threshold, 3))
-    finder = FaceFinder(net, config)
+    finder = FaceFinder(nets, config)
     errors: list[float] = []
     started = time.perf_counter()
     for number in range(len(photos)):
@@ -128,10 +160,10 @@ def evaluate(
     }
 
 
-def sheet_of(net: FaceNet, config: FinderConfig, pictures: Tensor) -> Tensor:
+def sheet_of(nets: FaceNets, config: FinderConfig, pictures: Tensor) -> Tensor:
     """Pictures [B, 3, S, S] in [-1, 1] with what the finder sees in them drawn in."""
     drawn = pictures.clone()
-    finder = FaceFinder(net, config)
+    finder = FaceFinder(nets, config)
     for picture in drawn:
         for face in finder(to_uint8(picture)):
             for x, y in face.points.round().int().tolist():
@@ -150,44 +182,57 @@ def train(options: RunOptions) -> None:
         state = run.restore()
         generator = torch.Generator().manual_seed(options.seed)
         order = Order(len(kept), BATCH, generator)
-        net = FaceNet(FaceNetConfig())
-        average = FaceNet(FaceNetConfig())
-        average.load_state_dict(net.state_dict())
-        optimizer = torch.optim.AdamW(net.parameters(), lr=RATE, weight_decay=0.02)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, RATE, total_steps=STEPS + 1, pct_start=0.1
-        )
+        nets, average = FaceNets(FaceNetConfig()), FaceNets(FaceNetConfig())
+        average.load_state_dict(nets.state_dict())
+        optimizers = [
+            torch.optim.AdamW(net.parameters(), lr=RATE, weight_decay=0.02)
+            for net in (nets.finder, nets.points)
+        ]
         if state is not None:
-            net.load_state_dict(state["net"])
+            nets.load_state_dict(state["nets"])
             average.load_state_dict(state["average"])
-            optimizer.load_state_dict(state["optimizer"])
-            schedule.load_state_dict(state["schedule"])
+            for optimizer, kept_state in zip(optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(kept_state)
             order.load(state["order"])
         empty = empty_scenes(held_out, max(4, 2 * held), SIDE)
-        sums = torch.zeros(2)
-        while run.step < STEPS and not run.stopping:
-            scenes = draw_scenes(kept, order.next(), SIDE, generator)
-            net.train()
-            score_loss, points_loss = loss_of(net, scenes)
+        nets.train()
+        sums, count = torch.zeros(2), 0
+        while run.step < FINDER_STEPS + POINTS_STEPS and not run.stopping:
+            finding = run.step < FINDER_STEPS
+            net: nn.Module = nets.finder if finding else nets.points
+            optimizer = optimizers[0 if finding else 1]
+            if finding:
+                scenes = draw_scenes(kept, order.next(), SIDE, generator)
+                score_loss, points_loss = loss_of(nets.finder, scenes)
+                run.images += len(scenes.pictures)
+            else:
+                crops = draw_crops(kept, order.next(), LOOK_SIDE, LOOK_SCALE, generator)
+                score_loss, points_loss = torch.zeros(()), points_loss_of(nets.points, *crops)
+                run.images += BATCH
             optimizer.zero_grad()
             (score_loss + 10.0 * points_loss).backward()
-            nn.utils.clip_grad_norm_(net.parameters(), 5.0)
+            nn.utils.clip_grad_norm_(net.parameters(), 5.0 if finding else 50.0)
+            for group in optimizer.param_groups:
+                group["lr"] = rate_at(run.step)
             optimizer.step()
-            schedule.step()
             run.step += 1
-            run.images += len(scenes.pictures)
-            _follow(average, net, min(AVERAGE, run.step / (run.step + 10)))
+            part = run.step if finding else run.step - FINDER_STEPS
+            following = average.finder if finding else average.points
+            _follow(following, net, min(AVERAGE, part / (part + 10)))
             sums += torch.stack([score_loss.detach(), points_loss.detach()])
+            count += 1
             if run.step % 200 == 0:
-                run.record(score_loss=float(sums[0]) / 200, points_loss=float(sums[1]) / 200)
-                sums.zero_()
+                run.record(score_loss=float(sums[0]) / count, points_loss=float(sums[1]) / count)
+                sums, count = torch.zeros(2), 0
             if run.due("checkpoint", CHECKPOINT_MINUTES):
-                _write(run, net, average, optimizer, schedule, order, held_out, empty)
-        _write(run, net, average, optimizer, schedule, order, held_out, empty)
+                _save(run, nets, average, optimizers, order)
+                _write(run, average, held_out, empty)
+        _save(run, nets, average, optimizers, order)
+        _write(run, average, held_out, empty)
 
 
 @torch.no_grad()
-def _follow(average: FaceNet, net: FaceNet, keep: float) -> None:
+def _follow(average: nn.Module, net: nn.Module, keep: float) -> None:
     """average <- keep * average + (1 - keep) * net, batch statistics included."""
     for mean, value in zip(average.state_dict().values(), net.state_dict().values(), strict=True):
         if mean.is_floating_point():
@@ -196,25 +241,23 @@ def _follow(average: FaceNet, net: FaceNet, keep: float) -> None:
             mean.copy_(value)
 
 
-def _write(
+def _save(
     run: Run,
-    net: FaceNet,
-    average: FaceNet,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
+    nets: FaceNets,
+    average: FaceNets,
+    optimizers: list[torch.optim.AdamW],
     order: Order,
-    held_out: PhotoSet,
-    empty: Tensor,
 ) -> None:
     state: dict[str, Any] = {
-        "net": net.state_dict(),
+        "nets": nets.state_dict(),
         "average": average.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "schedule": schedule.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         "order": order.state(),
     }
     run.save(state)
-    average.eval()
+
+
+def _write(run: Run, average: FaceNets, held_out: PhotoSet, empty: Tensor) -> None:
     config, scores = evaluate(average, held_out, empty)
     run.record(**scores)
     write_net(

@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from shared.errors import InvalidRequest
-from transmitter.faces import face_size
+from transmitter.faces import face_frame, face_size
 
 CANVAS = 192  # px, photographs are kept at this longer side
 _MIRRORED = [1, 0, 2, 4, 3]  # left and right change places
@@ -204,6 +204,48 @@ def _faces(
     known = held & (shown >= 4)
     _cover(pictures, moved, generator)
     return pictures, moved[:, None], known[:, None], ~known[:, None]
+
+
+def draw_crops(
+    photos: PhotoSet, index: Tensor, side: int, scale: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Faces cut out by points that are somewhat wrong, as a first look leaves them.
+
+    Returns pictures [B, 3, side, side] in [-1, 1] and the right points [B, 5, 2], px of them.
+    """
+    count = len(index)
+    points, extents = photos.points[index], photos.extents[index]
+    frames = [face_frame(five, scale) for five in points]
+    centre = torch.stack([frame[0] for frame in frames]).float()  # [B, 2]
+    axis = torch.stack([frame[1] for frame in frames]).float()  # [B, 2]
+    wide = torch.where(torch.rand(count, generator=generator) < 0.1, 2.0, 1.0)
+    angle = torch.randn(count, generator=generator) * 0.12 * wide
+    grow = torch.exp(torch.randn(count, generator=generator) * 0.08 * wide)
+    shift = torch.randn(count, 2, generator=generator) * 0.05 * wide[:, None]
+    flip = torch.where(torch.rand(count, generator=generator) < 0.5, -1.0, 1.0)
+    cos, sin = angle.cos() * grow, angle.sin() * grow
+    x = torch.stack([cos * axis[:, 0] - sin * axis[:, 1], sin * axis[:, 0] + cos * axis[:, 1]], -1)
+    y = torch.stack([-x[:, 1], x[:, 0]], -1)
+    stretch = torch.exp(torch.randn(count, 1, generator=generator) * 0.05)
+    axes = torch.stack([x * flip[:, None] * stretch, y / stretch], -1)  # [B, 2, 2], columns x, y
+    centre = centre + shift * axis.norm(dim=1, keepdim=True)
+
+    line = (torch.arange(side) + 0.5) / side * 2 - 1
+    v, u = torch.meshgrid(line, line, indexing="ij")
+    square = torch.stack([u, v], -1).reshape(1, -1, 2)
+    where = square @ axes.mT + centre[:, None]  # [B, S*S, 2] px of the canvas
+    period = 2 * extents[:, None]
+    folded = where.remainder(period)
+    folded = torch.minimum(folded, period - folded)  # mirrored borders, as `align` has them
+    grid = (folded / CANVAS * 2 - 1).reshape(count, side, side, 2)
+    source = photos.images[index].float()
+    pictures = F.grid_sample(source, grid, "bilinear", "border", align_corners=False)
+    inside = torch.linalg.solve(axes, (points - centre[:, None]).mT).mT  # [B, 5, 2] in -1..1
+    inside = torch.where(flip[:, None, None] < 0, inside[:, _MIRRORED], inside)
+    pixels = (inside + 1) / 2 * side
+    pictures = pictures / 127.5 - 1
+    _cover(pictures, pixels, generator)
+    return spoil(pictures, generator), pixels
 
 
 def _cover(pictures: Tensor, points: Tensor, generator: torch.Generator) -> None:
