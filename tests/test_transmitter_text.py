@@ -31,13 +31,15 @@ from transmitter.text import (
     TextConfig,
     TextEncoder,
     TextReader,
+    Vocabulary,
     decide,
+    one_error,
     pieces,
     tokenise,
 )
 
 SENTENCES = Path(__file__).parent / "sentences"
-TINY = TextConfig(words=64, pieces=128, width=8, hidden=6)
+TINY = TextConfig(("beard", "older", "make"), pieces=128, width=8, hidden=6, layers=2)
 SHORT = Recipe(steps=4, batch=8, chunk=3, warm_up=2)
 
 
@@ -56,15 +58,33 @@ def test_tokenise_drops_case_accents_and_emoji(text: str, tokens: list[str]) -> 
 
 
 @pytest.mark.parametrize("wrong", ["berad", "bead", "beardd", "bearf", "beeard"])
-def test_a_mistyped_word_shares_pieces_with_the_word(wrong: str) -> None:
-    assert set(pieces("beard")) & set(pieces(wrong))
-    assert not set(pieces("beard")) & set(pieces("smiling"))
+def test_a_mistyped_word_stands_for_the_word(wrong: str) -> None:
+    known = Vocabulary(["beard", "smile"])
+    assert known("beard") == (1,)
+    assert known(wrong) == (0, 1)
+    assert known("hat") == (0,)
 
 
-def test_numbers_share_their_tens_and_long_words_are_bounded() -> None:
+def test_two_errors_are_forgiven_in_a_long_word() -> None:
+    known = Vocabulary(["moustache", "eyeglasses"])
+    assert known("moustahec") == (0, 1)
+    assert known("a" * 2000) == (0,)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "near"),
+    [("her", "hre", True), ("her", "he", True), ("", "a", True), ("smile", "slime", False)],
+)
+def test_one_error(one: str, other: str, near: bool) -> None:
+    assert one_error(one, other) is near
+    assert one_error(other, one) is near
+
+
+def test_pieces_of_words_and_numbers_are_bounded() -> None:
     assert "tens 3" in pieces("34")
     assert "tens 3" in pieces("35")
-    assert len(pieces("a" * 2000)) < 200
+    assert pieces("berad")[-1] == pieces("beard")[-1]
+    assert len(pieces("a" * 2000)) < 40
 
 
 def certain(**winners: int) -> Heads:

@@ -17,7 +17,7 @@ from typing import Any
 
 from shared.attributes import ATTRIBUTES, MAX_DEGREE, Attribute, Edit
 from training.misspelling import misspell
-from transmitter.text import DIRECTIONS, MODES, SCOPES
+from transmitter.text import DIRECTIONS, MODES, SCOPES, tokenise
 
 _HERE = Path(__file__).parent
 DEV_SET = _HERE / "sentences_dev.jsonl"
@@ -66,9 +66,18 @@ def phrases(name: str) -> dict[str, Any]:
     return tomllib.loads((_HERE / f"{name}.toml").read_text("utf-8"))
 
 
-Node = tuple[
-    Any, ...
-]  # ("text", s) | ("slot", name) | ("all", nodes) | ("one", nodes) | ("maybe", node)
+_FILES = ("phrases", "grammar", "out_of_scope")
+_SYNTAX = re.compile(r"\{\w+\}|#.*|[][(){}|;=\"]")
+
+
+def vocabulary() -> tuple[str, ...]:
+    """Every word of the phrase files, in alphabetical order."""
+    text = " ".join((_HERE / f"{name}.toml").read_text("utf-8") for name in _FILES)
+    return tuple(sorted({word for word in tokenise(_SYNTAX.sub(" ", text)) if word[0].isalpha()}))
+
+
+# A parsed pattern: ("text", s), ("slot", name), ("all", nodes), ("one", nodes) or ("maybe", node).
+Node = tuple[Any, ...]
 
 
 @cache
@@ -217,6 +226,7 @@ def _sized(slots: dict[str, str], edit: Edit, of_person: bool = False) -> dict[s
         **row,
         "C": words[f"{him}{way}"],
         "C2": words[f"{him}{way}"],
+        "C0": words[f"{him}{back}"],
         "A": words[f"{him}is_{way}"],
         "B": words[f"{him}is_{back}"],
         "V": words[f"do_{way}"],
@@ -337,6 +347,9 @@ def _target(edit: Edit, rng: Random) -> str:
     pattern = rng.choice(split(words[kind][degree]))
     if frame is not None:
         slots["X"] = pattern
+        # What it is now, or is not to be: any other degree.
+        other = rng.choice([name for name in words["things"] if name != degree])
+        slots["X0"] = rng.choice(split(words[kind].get(other) or words["things"][other]))
         pattern = rng.choice(split(grammar[frame]))
     return _tidy(expand(pattern, slots, rng))
 
@@ -409,7 +422,11 @@ def _out_of_scope(rng: Random) -> str:
     slots = dict(phrases("grammar")["people"])
     size = rng.randrange(5) if rng.random() < 0.6 else 2
     slots |= {name: rows[size] for name, rows in phrases("grammar")["ladder"].items()}
-    thing = rng.choice(split(out["things"])) if rng.random() < 0.85 else rng.choice(_common())
+    source = rng.random()
+    if source < 0.85:
+        thing = rng.choice(split(out["near" if source < 0.35 else "things"]))
+    else:
+        thing = rng.choice(_common())
     slots |= {
         "T": thing,
         "O2": f"{{his}} {thing};the {thing};{thing}",

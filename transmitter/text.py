@@ -2,7 +2,7 @@
 
 ::
 
-    "make hre smiel bigger" -> tokens -> word + piece embeddings -> 2-layer bi-LSTM -> heads -> Edit
+    "make hre smiel bigger" -> tokens -> word + piece embeddings -> bi-LSTM -> heads -> Edit
                                                                   scope     in | out | several
                                                                   attribute bangs .. age
                                                                   mode      change | target
@@ -10,9 +10,9 @@
                                                                   size      1..5      (changes)
                                                                   target    0..5      (targets)
 
-The paper's text encoder is an embedding of 300 and an LSTM of 2 x 1024 over words; ours is smaller
-and also embeds *pieces* of each word, so that a misspelt word stays near the intended one. Words
-and pieces are hashed into fixed tables: there is no vocabulary to ship, and no word is unknown.
+The paper's text encoder is an embedding of 300 and an LSTM of 2 x 1024 over words; ours is smaller,
+and looks at the letters too: a word that is not in the vocabulary is embedded as the words that it
+may be a misspelling of, and every word also by its groups of three letters, which are hashed.
 
 The ladder of changes: slightly 1, somewhat 2, plain 3, much 4, extremely 5. Targets are the degrees
 of `shared.attributes.DEGREE_NAMES`.
@@ -20,9 +20,8 @@ of `shared.attributes.DEGREE_NAMES`.
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from typing import Any, NamedTuple
 from zlib import crc32
 
@@ -36,6 +35,7 @@ from shared.errors import InstructionRefused, InvalidRequest
 
 NET = "text"
 MAX_CHARACTERS = 2000  # of a sentence
+_REMEMBERED = 50_000  # tokens whose numbers are kept
 _MAX_WORD = 32  # characters of a word that are looked at: bounds the work per word
 
 SCOPES = ("in", "out", "several")
@@ -64,63 +64,112 @@ def tokenise(text: str) -> list[str]:
     return [token.replace("'", "") for token in _TOKEN.findall(text)]
 
 
-@lru_cache(maxsize=65536)
 def pieces(word: str) -> tuple[str, ...]:
-    """What of a word survives a typing error, as strings to be hashed.
+    """What is looked up of a word besides itself, so that unknown words mean something too.
 
-    3- and 4-grams of the letters; the word less any one letter (a dropped, added, wrong or swapped
-    letter leaves one of these in common with the intended word); the inner letters in
-    alphabetical order (any swap). Numbers give their length and their tens.
+    The groups of three letters, and the letters in alphabetical order but for the first (which any
+    two swapped letters leave alone). Numbers give themselves, their length and their tens.
     """
     if word.isdigit():
-        tens = str(int(word[:6]) // 10) if len(word) <= 3 else "many"
-        return ("number", f"digits {len(word)}", f"tens {tens}")
+        value = int(word[:6])
+        return ("number", f"digits {len(word[:6])}", f"tens {value // 10}", f"={value}")
     if not word[0].isalpha():
         return ("symbol",)
-    word = word[:_MAX_WORD]
-    framed = f"<{word}>"
-    found = [framed[i : i + n] for n in (3, 4) for i in range(len(framed) - n + 1)]
-    if len(word) >= 4:
-        found += [f"-{word}"]
-        found += [f"-{word[:i]}{word[i + 1 :]}" for i in range(len(word))]
-        found += [f"~{word[0]}{''.join(sorted(word[1:]))}"]
+    framed = f"<{word[:_MAX_WORD]}>"
+    found = [framed[i : i + 3] for i in range(len(framed) - 2)]
+    found.append(f"~{word[0]}{''.join(sorted(word[1:_MAX_WORD]))}")
     return tuple(dict.fromkeys(found))
+
+
+class Vocabulary:
+    """Known words, numbered from 1, and what a mistyped word may stand for."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self._numbers = {word: number for number, word in enumerate(words, start=1)}
+        self._near: dict[str, list[str]] = {}  # a word less one letter -> the words
+        for word in self._numbers:
+            for part in _less_one(word):
+                self._near.setdefault(part, []).append(word)
+
+    def __call__(self, word: str) -> tuple[int, ...]:
+        """The word's number; of an unknown word 0 and the numbers of what it may stand for.
+
+        Those are the words one error away (a letter dropped, added, wrong, or two swapped); for
+        six letters and more, where there is none, those that share all letters but one of each.
+        """
+        if word in self._numbers:
+            return (self._numbers[word],)
+        if not word.isalpha() or len(word) < 3 or len(word) > _MAX_WORD:
+            return (0,)
+        found = {near for part in _less_one(word) for near in self._near.get(part, ())}
+        close = {near for near in found if one_error(word, near)}
+        if not close and len(word) >= 6:
+            close = found
+        return (0, *sorted(self._numbers[near] for near in close))
+
+
+def _less_one(word: str) -> set[str]:
+    return {word, *(word[:i] + word[i + 1 :] for i in range(len(word)))} if len(word) > 2 else set()
+
+
+def one_error(one: str, other: str) -> bool:
+    """Whether one dropped, added or wrong letter, or two swapped neighbours, make one the other."""
+    if abs(len(one) - len(other)) > 1:
+        return False
+    start = 0
+    while start < min(len(one), len(other)) and one[start] == other[start]:
+        start += 1
+    one, other = one[start:], other[start:]
+    while one and other and one[-1] == other[-1]:
+        one, other = one[:-1], other[:-1]
+    return max(len(one), len(other)) <= 1 or (len(one) == 2 and one == other[::-1])
 
 
 @dataclass(frozen=True)
 class TextConfig:
-    """Shape of the text encoder, and the confidence below which a sentence is refused."""
+    """Shape of the text encoder, its words, and the confidence below which it refuses."""
 
-    words: int = 4096
+    vocabulary: tuple[str, ...] = ()
     pieces: int = 8192
     width: int = 96
-    hidden: int = 128
-    layers: int = 2
+    hidden: int = 160
+    layers: int = 1
     dropout: float = 0.2
     threshold: float = 0.5  # set on the hand-written development sentences
 
     def __post_init__(self) -> None:
-        if min(self.words, self.pieces, self.width, self.hidden, self.layers) < 1:
-            raise InvalidRequest(f"text encoder got {self}; expected sizes of at least 1")
+        sizes = {k: getattr(self, k) for k in ("pieces", "width", "hidden", "layers")}
+        if min(sizes.values()) < 1:
+            raise InvalidRequest(f"text encoder got {sizes}; expected sizes of at least 1")
         if not 0 <= self.threshold <= 1:
             raise InvalidRequest(f"threshold is {self.threshold}; expected 0..1")
 
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "TextConfig":
+        """As the bundle keeps it."""
+        return cls(**{**values, "vocabulary": tuple(values["vocabulary"])})
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "vocabulary": list(self.vocabulary)}
+
 
 class Sentences(NamedTuple):
-    """A batch of sentences as numbers.
+    """A batch of sentences as numbers, all tokens of all sentences one after another.
 
-    words: int64 [N] all tokens of all sentences, one after another; piece_ids: int64 [M] all their
-    pieces; piece_starts: int64 [N] where each token's pieces begin; lengths: int64 [B] on the CPU.
+    words: int64 [K] the numbers of every token's words, and word_starts: int64 [N] where each
+    token's begin; pieces: int64 [M] and piece_starts: int64 [N] the same; lengths: int64 [B] tokens
+    of each sentence, on the CPU.
     """
 
     words: Tensor
-    piece_ids: Tensor
+    word_starts: Tensor
+    pieces: Tensor
     piece_starts: Tensor
     lengths: Tensor
 
     def to(self, device: torch.device) -> "Sentences":
-        words, ids, starts = (t.to(device) for t in self[:3])
-        return Sentences(words, ids, starts, self.lengths)
+        words, word_starts, parts, part_starts = (tensor.to(device) for tensor in self[:4])
+        return Sentences(words, word_starts, parts, part_starts, self.lengths)
 
 
 class Heads(NamedTuple):
@@ -150,10 +199,12 @@ class TextEncoder(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.config = config
-        self.words = nn.Embedding(config.words, config.width)
+        self._vocabulary = Vocabulary(config.vocabulary)
+        self._numbered: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+        self.words = nn.EmbeddingBag(len(config.vocabulary) + 1, config.width, mode="mean")
         self.pieces = nn.EmbeddingBag(config.pieces, config.width, mode="mean")
         for table in (self.words, self.pieces):
-            nn.init.normal_(table.weight, std=0.3)
+            nn.init.normal_(table.weight, std=0.5)
         self.drop = nn.Dropout(config.dropout)
         self.lstm = nn.LSTM(
             config.width,
@@ -166,28 +217,48 @@ class TextEncoder(nn.Module):
         self.attention = nn.Linear(2 * config.hidden, 1)
         self.heads = nn.Linear(4 * config.hidden, sum(self.CLASSES))
 
-    def number(self, sentences: Sequence[Sequence[str]]) -> Sentences:
-        """Hash tokenised sentences, each of at least one token, into a batch."""
+    def number(
+        self, sentences: Sequence[Sequence[str]], hide: Callable[[], bool] | None = None
+    ) -> Sentences:
+        """Number tokenised sentences, each of at least one token.
+
+        hide: asked for every token; True makes its word unknown, so that its pieces must do.
+        """
         words: list[int] = []
-        ids: list[int] = []
-        starts: list[int] = []
+        word_starts: list[int] = []
+        parts: list[int] = []
+        part_starts: list[int] = []
         for tokens in sentences:
             if not tokens:
                 raise InvalidRequest("got a sentence of 0 tokens, expected at least 1")
             for token in tokens:
-                word, parts = _hashed(token, self.config.words, self.config.pieces)
-                words.append(word)
-                starts.append(len(ids))
-                ids.extend(parts)
+                known, found = self._look_up(token)
+                word_starts.append(len(words))
+                part_starts.append(len(parts))
+                words.extend((0,) if hide is not None and hide() else known)
+                parts.extend(found)
         lengths = torch.tensor([len(tokens) for tokens in sentences])  # [B]
-        return Sentences(torch.tensor(words), torch.tensor(ids), torch.tensor(starts), lengths)
+        return Sentences(
+            torch.tensor(words),
+            torch.tensor(word_starts),
+            torch.tensor(parts),
+            torch.tensor(part_starts),
+            lengths,
+        )
 
-    def forward(self, batch: Sentences, keep: Tensor | None = None) -> Heads:
-        """keep: [N] in {0, 1}; 0 hides a token's word embedding, so that its pieces must do."""
-        known = self.words(batch.words)  # [N, width]
-        if keep is not None:
-            known = known * keep[:, None]
-        flat = self.drop(known + self.pieces(batch.piece_ids, batch.piece_starts))
+    def _look_up(self, token: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        found = self._numbered.get(token)
+        if found is None:
+            # crc32 rather than hash(): the same on every machine and in every process.
+            hashes = tuple(crc32(piece.encode()) % self.config.pieces for piece in pieces(token))
+            found = (self._vocabulary(token), hashes)
+            if len(self._numbered) < _REMEMBERED:  # users type what they like: bounded
+                self._numbered[token] = found
+        return found
+
+    def forward(self, batch: Sentences) -> Heads:
+        words = self.words(batch.words, batch.word_starts)  # [N, width]
+        flat = self.drop(words + self.pieces(batch.pieces, batch.piece_starts))
         lengths = batch.lengths.tolist()
         padded = nn.utils.rnn.pad_sequence(flat.split(lengths), batch_first=True)  # [B, T, width]
         packed = pack_padded_sequence(padded, batch.lengths, batch_first=True, enforce_sorted=False)
@@ -198,13 +269,6 @@ class TextEncoder(nn.Module):
         strongest = states.masked_fill(padding, -1e4).amax(1)
         pooled = torch.cat([(weights * states).sum(1), strongest], 1)  # [B, 4 hidden]
         return Heads(*self.heads(self.drop(pooled)).split(list(self.CLASSES), 1))
-
-
-@lru_cache(maxsize=65536)
-def _hashed(token: str, words: int, buckets: int) -> tuple[int, tuple[int, ...]]:
-    # crc32 rather than hash(): the same on every machine and in every process.
-    word = crc32(token[:_MAX_WORD].encode()) % words
-    return word, tuple(crc32(piece.encode()) % buckets for piece in pieces(token))
 
 
 @dataclass(frozen=True)
@@ -224,7 +288,7 @@ class TextReader:
     @classmethod
     def from_bundle(cls, bundle: Bundle) -> "TextReader":
         """The bundle's net `text`. Raises BundleError where it is missing or does not fit."""
-        encoder = TextEncoder(TextConfig(**bundle.config(NET)))
+        encoder = TextEncoder(TextConfig.from_json(bundle.config(NET)))
         return cls(bundle.load_into(NET, encoder))
 
     @torch.inference_mode()
@@ -270,8 +334,3 @@ def decide(heads: Heads, threshold: float) -> Reading:
     size = int(heads.size.argmax()) + 1
     sign = 1 if DIRECTIONS[direction] == "more" else -1
     return Reading(Edit(ATTRIBUTES[attribute], change=sign * size), confidence)
-
-
-def config_to_json(config: TextConfig) -> dict[str, Any]:
-    """The configuration as the bundle keeps it."""
-    return asdict(config)
