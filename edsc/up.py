@@ -193,6 +193,8 @@ class Stack:
 
     def _environment(self, name: ServiceName) -> dict[str, str]:
         environment = dict(os.environ)
+        # Four processes share the cores: threads that spin at a barrier keep the others from theirs.
+        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         for field, value in self.settings.model_dump(mode="json").items():
             if value not in (None, ""):
                 environment[f"EDSC_{field.upper()}"] = str(value)

@@ -9,6 +9,8 @@ from pathlib import Path
 # Before torch is imported, here and in every process a test starts: more threads than cores, or two
 # test processes that both take all of them, cost several times the work itself.
 os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
+# Threads that spin at a barrier make a busy machine ten times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
