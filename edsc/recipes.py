@@ -1,5 +1,6 @@
 """`edsc train` and `edsc weights`: the recipes by name, and what they have made."""
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -50,11 +51,18 @@ def train_one(name: str, **options: Any) -> None:
     A stop by SIGTERM inside `all` ends the recipe under way and goes no further.
     """
     chosen = RunOptions.default(**options)
-    names = ORDER if name == "all" else (name,)
-    for each in names:
-        if len(names) > 1:
-            print(f"-- {each}", flush=True)
-        recipe(each)(chosen)
+    if name != "all":
+        recipe(name)(chosen)
+        return
+    stopped: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: stopped.append(number))
+    try:
+        for each in ORDER:
+            if not stopped:
+                print(f"-- {each}", flush=True)
+                recipe(each)(chosen)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def describe_bundle(folder: Path | None) -> str:

@@ -23,6 +23,7 @@ from transmitter.inversion import InversionEncoder
 TINY = Recipe(
     batch=4,
     channels=(8,) * 6,
+    encoder_channels=(8,) * 5,
     discriminator_channels=(8,) * 6,
     identity_from=0,
     adversary_from=0,
@@ -152,3 +153,16 @@ def test_fake_data_reads_back(fake_data: Path) -> None:
     assert faces.landmarks.shape == (8, 5, 2)
     batch = faces.batch(torch.tensor([0, 1]), torch.tensor([False, True]))
     torch.testing.assert_close(batch[1], faces.batch(torch.tensor([1]))[0].flip(2))
+
+
+def test_whoever_runs_several_recipes_learns_of_the_signal(tmp_path: Path) -> None:
+    told: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
+    try:
+        with Run("toy", RunOptions(tmp_path, tmp_path, tmp_path)) as run:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert run.stopping
+            assert told == []
+        assert told == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -39,10 +39,16 @@ NAME = "generator"
 
 @dataclass(frozen=True)
 class Recipe:
-    """Every number of this recipe. Lengths are counted in images, so they hold for any batch."""
+    """Every number of this recipe. Lengths are counted in images, so they hold for any batch.
 
+    `length` is where a run ends that was given neither minutes nor steps: on two CPU cores about
+    a day, on one data-centre GPU too.
+    """
+
+    length: int = 2_000_000
     batch: int = 8
     channels: tuple[int, ...] = (256, 256, 256, 192, 96, 48)
+    encoder_channels: tuple[int, ...] = (64, 128, 192, 256, 384)
     discriminator_channels: tuple[int, ...] = (256, 256, 192, 128, 64, 32)
     rate: float = 8e-4
     rate_falls_after: int = 24_000  # then as 1 / sqrt(images)
@@ -67,6 +73,7 @@ class Recipe:
 
 CPU = Recipe()
 CUDA = Recipe(
+    length=12_000_000,
     batch=64,
     channels=default_channels(128, 16384),
     discriminator_channels=default_channels(128, 16384),
@@ -100,7 +107,8 @@ def train(options: RunOptions, recipe: Recipe | None = None) -> None:
             run.sheet(validation.sheet(encoder, nets.smooth_generator), 8)
             nets.write(options.bundle, encoder, run)
 
-        while not run.stopping:
+        bounded = options.minutes is not None or options.steps is not None
+        while not run.stopping and (bounded or run.images < recipe.length):
             real = faces.batch(order.next(), torch.rand(recipe.batch, generator=draws) < 0.5)
             real = real.to(run.device, memory_format=torch.channels_last)
             report = reconstruct(nets, judges, real, recipe, run.images, draws)
@@ -139,7 +147,9 @@ class Nets:
         form = {"device": device, "memory_format": torch.channels_last}
         self.device = device
         self.generator = Generator(config).to(**form)  # type: ignore[call-overload]
-        self.encoder = InversionEncoder(InversionConfig()).to(**form)  # type: ignore[call-overload]
+        self.encoder = InversionEncoder(InversionConfig(channels=recipe.encoder_channels)).to(
+            **form
+        )  # type: ignore[call-overload]
         self.discriminator = Discriminator(config.image_size, recipe.discriminator_channels)
         self.discriminator.to(**form)  # type: ignore[call-overload]
         self.optimiser = torch.optim.AdamW(

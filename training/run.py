@@ -82,19 +82,20 @@ class Run:
         self.folder = options.runs / name
         self.folder.mkdir(parents=True, exist_ok=True)
         self.device = options.torch_device()
+        torch.manual_seed(options.seed)  # nets that are made next start from the seed
         self.step = 0
         self.images = 0
         self._seconds_before = 0.0
         self._started = time.monotonic()
         self._first_step = 0
-        self._asked_to_stop = False
+        self._signal: int | None = None
         self._due: dict[str, float] = {}
         self._last_report = (time.monotonic(), 0)
         self._old_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> "Run":
         def stop(number: int, frame: FrameType | None) -> None:
-            self._asked_to_stop = True
+            self._signal = number
 
         for number in (signal.SIGTERM, signal.SIGINT):
             try:
@@ -106,6 +107,10 @@ class Run:
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
+        # Now that the state is safe, whoever runs several recipes in a row learns of the signal.
+        outer = self._old_handlers.get(self._signal or 0)
+        if callable(outer) and exception[0] is None:
+            outer(self._signal, None)
 
     @property
     def seconds(self) -> float:
@@ -121,7 +126,7 @@ class Run:
         """True once the time or the steps of this call are used up, or SIGTERM arrived."""
         options = self.options
         return (
-            self._asked_to_stop
+            self._signal is not None
             or (options.minutes is not None and self.minutes_here >= options.minutes)
             or (options.steps is not None and self.step - self._first_step >= options.steps)
         )
@@ -139,7 +144,6 @@ class Run:
         """The last checkpoint's state, with the global random state put back; None at a start."""
         path = self.folder / "state.pt"
         if self.options.fresh or not path.is_file():
-            torch.manual_seed(self.options.seed)
             return None
         state: State = torch.load(path, map_location=self.device, weights_only=True)
         meta = state.pop("run")
