@@ -193,7 +193,7 @@ class Stack:
 
     def _environment(self, name: ServiceName) -> dict[str, str]:
         environment = dict(os.environ)
-        # Four processes share the cores: threads that spin at a barrier keep the others from theirs.
+        # Four processes share the cores: threads that spin at a barrier take the others'.
         environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         for field, value in self.settings.model_dump(mode="json").items():
             if value not in (None, ""):
