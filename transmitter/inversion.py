@@ -49,7 +49,11 @@ class InversionConfig:
 
 
 class _Residual(nn.Module):
-    """Two batch-normalised 3x3 convolutions around a skip; halves the size when `down`."""
+    """Two batch-normalised 3x3 convolutions around a skip; halves the size when `down`.
+
+    The skip is normalised too: left alone, it hands mostly brightness to the head at first, and
+    512 copies of brightness are one number.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, down: bool) -> None:
         super().__init__()
@@ -59,13 +63,15 @@ class _Residual(nn.Module):
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.norm2 = nn.BatchNorm2d(out_channels)
         self.skip = nn.Conv2d(in_channels, out_channels, 1, bias=False)
-        nn.init.zeros_(self.norm2.weight)
+        self.norm3 = nn.BatchNorm2d(out_channels)
+        for norm in (self.norm2, self.norm3):  # two branches of half the power each
+            nn.init.constant_(norm.weight, math.sqrt(0.5))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.down:
             x = F.avg_pool2d(x, 2)
         y = F.leaky_relu(self.norm1(self.conv1(x)), 0.2)
-        return F.leaky_relu(self.skip(x) + self.norm2(self.conv2(y)), 0.2)
+        return F.leaky_relu(self.norm3(self.skip(x)) + self.norm2(self.conv2(y)), 0.2)
 
 
 class InversionEncoder(nn.Module):
