@@ -66,7 +66,7 @@ def random_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from shared.bundle import write_net
     from shared.stylegan2 import Generator, GeneratorConfig
     from transmitter.editing import Fields, FieldsConfig
-    from transmitter.faces import FaceNet, FaceNetConfig, FinderConfig
+    from transmitter.faces import FaceNetConfig, FaceNets, FinderConfig, bundle_config
     from transmitter.inversion import InversionConfig, InversionEncoder
     from transmitter.predictor import Predictor, PredictorConfig
     from transmitter.text import TextConfig, TextEncoder
@@ -79,14 +79,14 @@ def random_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         predictor = PredictorConfig(resolution=32, widths=(8, 8, 8), depths=(0, 0, 0))
         faces, finder = FaceNetConfig((8, 8, 8, 8, 8), (0, 0, 0)), FinderConfig()
         fields = FieldsConfig(depth=2)
-        text = TextConfig(words=64, pieces=64, width=16, hidden=16, layers=1, threshold=0.0)
+        text = TextConfig(pieces=64, width=16, hidden=16, threshold=0.0)
         nets = {
             "generator": (Generator(generator), asdict(generator)),
             "inversion": (InversionEncoder(inversion), inversion.to_json()),
             "predictor": (Predictor(predictor), predictor.to_json()),
-            "faces": (FaceNet(faces), {"net": asdict(faces), "finder": asdict(finder)}),
+            "faces": (FaceNets(faces), bundle_config(faces, finder)),
             "fields": (Fields(fields), fields.to_json()),
-            "text": (TextEncoder(text), asdict(text)),
+            "text": (TextEncoder(text), text.to_json()),
         }
     for name, (net, config) in nets.items():
         write_net(
