@@ -46,6 +46,13 @@ R = TypeVar("R")
 FAILED: Final = 2
 
 
+class Suite(StrEnum):
+    """What `edsc evaluate` can measure."""
+
+    LINK = "link"
+    BENCH = "bench"
+
+
 class RecipeName(StrEnum):
     """What `edsc train` can train, in the order in which `all` does it."""
 
@@ -272,15 +279,29 @@ def weights(
 @app.command()
 @one_line
 def evaluate(
+    suite: Annotated[Suite, typer.Option(help="what to measure")] = Suite.LINK,
+    weights: Weights = None,
+    data: Annotated[Path | None, typer.Option(help="folder laid out as ../shared/data")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="link: only so many photos")] = None,
+    output: Annotated[Path | None, typer.Option("--json", help="link: report as JSON")] = None,
+    write: Annotated[
+        bool, typer.Option("--write", help="link: scores and model card into the bundle")
+    ] = False,
     arguments: Annotated[
-        list[str] | None, typer.Argument(help="passed on to the benchmark; try -- --help")
+        list[str] | None, typer.Argument(help="bench: passed on to it; try -- --help")
     ] = None,
 ) -> None:
-    """Measure: edits end to end through the four processes (what `make bench` runs)."""
-    from evaluation.bench import main
+    """Measure: `link` quality on unseen photographs, `bench` speed through the four processes."""
+    if suite is Suite.BENCH:
+        from evaluation.bench import main
 
-    if status := main(arguments or []):
-        raise typer.Exit(status)
+        if status := main(arguments or []):
+            raise typer.Exit(status)
+        return
+    from evaluation.link_suite import measure
+
+    for line in measure(weights, data, limit=limit, output=output, write=write):
+        typer.echo(line)
 
 
 def _settings(weights: Path | None) -> Settings:

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from channel_sim.channel import Channel, ChannelConfig
+from evaluation.card import write_card
 from evaluation.metrics import Figure, figure, psnr_db
 from receiver.pipeline import Receiver
 from shared.attributes import ATTRIBUTES, MAX_DEGREE, Attribute, Edit
-from shared.bundle import Bundle
+from shared.bundle import Bundle, write_scores
 from shared.errors import InstructionRefused, InvalidRequest
 from shared.images import decode_photo
 from training.run import default_data
@@ -205,6 +206,20 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
-def to_json(report: LinkReport) -> dict[str, Any]:
-    """The report as plain values."""
-    return asdict(report)
+def measure(
+    folder: Path | None,
+    data: Path | None,
+    *,
+    limit: int | None = None,
+    output: Path | None = None,
+    write: bool = False,
+) -> Iterator[str]:
+    """Run the suite on a bundle; its lines, with the report as JSON and as scores if wanted."""
+    bundle = Bundle.open(folder)
+    report = run(bundle, data, limit=limit)
+    if output is not None:
+        output.write_text(json.dumps(asdict(report), indent=1) + "\n", "utf-8")
+    if write:
+        write_scores(bundle.folder, {"link": asdict(report)})
+        write_card(bundle.folder)
+    yield from report.lines()
