@@ -10,7 +10,7 @@ CARD = "README.md"
 
 _INTRODUCTION = """\
 Weights of Editable-DeepSC for {size} x {size} px faces: 512 real numbers per face over a radio
-channel. `edsc evaluate --suite link --write` writes this file; every number was measured or recorded.
+channel. `edsc evaluate --suite link --write` writes this file from what was measured and recorded.
 
 **Data.** Trained on {data}. The pictures are for non-commercial
 research and are not part of this repository; the weights are offered for research under the same
