@@ -152,7 +152,7 @@ class Bundle:
         try:
             module.load_state_dict(self.tensors(net), strict=True)
         except RuntimeError as error:
-            # torch names every tensor that does not fit, maybe hundreds: the first ones tell enough.
+            # torch names every tensor that does not fit, maybe hundreds: the first tell enough.
             words = " ".join(str(error).split())[:300]
             raise BundleError(f"net {net!r} of {self.folder}: {words}") from error
         return module.eval().requires_grad_(False)
