@@ -30,19 +30,18 @@ from shared.settings import MIB, Settings
 from shared.stylegan2 import Generator, GeneratorConfig
 from shared.wire import frame_from_wire
 from transmitter.editing import Fields, FieldsConfig
-from transmitter.faces import FaceNet, FaceNetConfig, FinderConfig, bundle_config
+from transmitter.faces import FaceNetConfig, FaceNets, FinderConfig, bundle_config
 from transmitter.inversion import InversionConfig, InversionEncoder
 from transmitter.predictor import Predictor, PredictorConfig
 from transmitter.service import register
 from transmitter.text import TextConfig, TextEncoder
-from transmitter.text import config_to_json as text_config_to_json
 
 SIZE = 32
 
 
 def _reader() -> TextEncoder:
     """In scope, smiling, a change, more, by one: whatever the sentence."""
-    encoder = TextEncoder(TextConfig(words=64, pieces=64, width=8, hidden=8, layers=1))
+    encoder = TextEncoder(TextConfig(pieces=64, width=8, hidden=8))
     encoder.heads.weight.data.zero_()
     chosen = [[9, 0, 0], [0, 0, 0, 9, 0], [9, 0], [9, 0], [9, 0, 0, 0, 0], [0] * 6]
     encoder.heads.bias.data.copy_(torch.tensor([float(v) for head in chosen for v in head]))
@@ -65,8 +64,8 @@ def small_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "predictor": (predictor.to_json(), Predictor(predictor)),
         "fields": (fields.to_json(), Fields(fields)),
         # No score reaches 2: this finder finds nothing.
-        "faces": (bundle_config(faces, FinderConfig(threshold=2.0)), FaceNet(faces)),
-        "text": (text_config_to_json(reader.config), reader),
+        "faces": (bundle_config(faces, FinderConfig(threshold=2.0)), FaceNets(faces)),
+        "text": (reader.config.to_json(), reader),
     }
     for net, (config, module) in nets.items():
         write_net(folder, net, config=config, tensors=module.state_dict(), provenance={})
