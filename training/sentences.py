@@ -6,21 +6,19 @@ Everything is drawn from the `random.Random` it is given.
 """
 
 import json
-import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from random import Random
-from typing import Any
 
 from shared.attributes import ATTRIBUTES, MAX_DEGREE, Attribute, Edit
+from shared.errors import InvalidRequest
 from training.misspelling import misspell
-from transmitter.text import DIRECTIONS, MODES, SCOPES, tokenise
+from training.patterns import Node, expand, parse, phrases, split, tidy
+from transmitter.text import DIRECTIONS, MODES, SCOPES
 
-_HERE = Path(__file__).parent
-DEV_SET = _HERE / "sentences_dev.jsonl"
+DEV_SET = Path(__file__).parent / "sentences_dev.jsonl"
 
 UNSET = -1  # a label that the sentence does not have; the loss skips it
 
@@ -42,6 +40,17 @@ class Sentence:
         """In the order of `transmitter.text.Heads`."""
         return self.scope, self.attribute, self.mode, self.direction, self.size, self.target
 
+    @property
+    def edit(self) -> Edit | None:
+        """What it asks for; None where it must be refused."""
+        if self.scope != SCOPES.index("in"):
+            return None
+        attribute = ATTRIBUTES[self.attribute]
+        if MODES[self.mode] == "target":
+            return Edit(attribute, target=self.target)
+        sign = 1 if DIRECTIONS[self.direction] == "more" else -1
+        return Edit(attribute, change=sign * (self.size + 1))
+
 
 def labelled(text: str, edit: Edit | None, several: bool = False) -> Sentence:
     """A sentence whose answer is `edit`, or that must be refused where it is None."""
@@ -52,91 +61,6 @@ def labelled(text: str, edit: Edit | None, several: bool = False) -> Sentence:
         assert edit.target is not None
         return Sentence(text, 0, *asked, target=edit.target)
     return Sentence(text, 0, *asked, DIRECTIONS.index(edit.direction), edit.value - 1)
-
-
-@cache
-def split(text: str) -> tuple[str, ...]:
-    """The phrases of a `;`-separated list."""
-    return tuple(" ".join(part.split()) for part in text.split(";") if part.strip())
-
-
-@cache
-def phrases(name: str) -> dict[str, Any]:
-    """A phrase file of this folder, read once; every string is still a `;`-separated list."""
-    return tomllib.loads((_HERE / f"{name}.toml").read_text("utf-8"))
-
-
-_FILES = ("phrases", "grammar", "out_of_scope")
-_SYNTAX = re.compile(r"\{\w+\}|#.*|[][(){}|;=\"]")
-
-
-def vocabulary() -> tuple[str, ...]:
-    """Every word of the phrase files, in alphabetical order."""
-    text = " ".join((_HERE / f"{name}.toml").read_text("utf-8") for name in _FILES)
-    return tuple(sorted({word for word in tokenise(_SYNTAX.sub(" ", text)) if word[0].isalpha()}))
-
-
-# A parsed pattern: ("text", s), ("slot", name), ("all", nodes), ("one", nodes) or ("maybe", node).
-Node = tuple[Any, ...]
-
-
-@cache
-def _parse(pattern: str) -> Node:
-    return _parse_choice(pattern, 0, "")[0]
-
-
-def _parse_choice(text: str, at: int, closing: str) -> tuple[Node, int]:
-    choices: list[Node] = []
-    parts: list[Node] = []
-    start = at
-    while True:
-        letter = text[at : at + 1]
-        if letter and letter not in "([{|" + (closing or "|"):
-            at += 1
-            continue
-        if at > start:
-            parts.append(("text", text[start:at]))
-        if not letter and closing:
-            raise ValueError(f"{text!r} ends before its {closing!r}")
-        if letter in ("", closing):
-            choices.append(("all", tuple(parts)))
-            node = choices[0] if len(choices) == 1 else ("one", tuple(choices))
-            return node, at + len(letter)
-        if letter == "|":
-            choices.append(("all", tuple(parts)))
-            parts = []
-            at += 1
-        elif letter == "{":
-            end = text.index("}", at)
-            parts.append(("slot", text[at + 1 : end]))
-            at = end + 1
-        else:
-            inner, at = _parse_choice(text, at + 1, ")" if letter == "(" else "]")
-            parts.append(("maybe", inner) if letter == "[" else inner)
-        start = at
-
-
-def expand(pattern: str, slots: Mapping[str, str], rng: Random) -> str:
-    """One sentence of a pattern; a slot's value is a `;`-separated list of patterns."""
-    found: list[str] = []
-    _expand(_parse(pattern), slots, rng, found)
-    return " ".join("".join(found).split())
-
-
-def _expand(node: Node, slots: Mapping[str, str], rng: Random, out: list[str]) -> None:
-    kind, value = node
-    if kind == "text":
-        out.append(value)
-    elif kind == "all":
-        for part in value:
-            _expand(part, slots, rng, out)
-    elif kind == "one":
-        _expand(rng.choice(value), slots, rng, out)
-    elif kind == "maybe":
-        if rng.random() < 0.5:
-            _expand(value, slots, rng, out)
-    else:
-        _expand(_parse(rng.choice(split(slots[value]) or ("",))), slots, rng, out)
 
 
 def make_sentence(rng: Random) -> Sentence:
@@ -208,6 +132,7 @@ def _slots(attribute: Attribute, rng: Random) -> dict[str, str]:
         "O": f"{owner} {noun};{owner} {noun};the {noun};{noun}" if rng.random() < 0.9 else noun,
         "a": "a" if singular else "",
         "be": "is" if singular else "are",
+        "it": "it" if singular else "them",
         "it_is": "it is" if singular else "they are",
     }
 
@@ -260,28 +185,28 @@ def _change(edit: Edit, rng: Random) -> str:
     slots = _sized(_slots(attribute, rng), edit)
     exact = _exact(attribute).get(edit.change or 0)
     if exact and rng.random() < (0.12 if edit.value == 3 else 0.2):
-        return _tidy(expand(rng.choice(exact), slots, rng))
+        return tidy(expand(rng.choice(exact), slots, rng))
     if way == "more" and edit.value == 3 and attribute is not Attribute.AGE and rng.random() < 0.3:
-        return _tidy(expand(rng.choice(split(phrases("phrases")["any"]["add"])), slots, rng))
-    if (way == "more" and edit.value == 5 and rng.random() < 0.2) or (
-        edit.value == 5 and rng.random() < 0.1
-    ):
+        return tidy(expand(rng.choice(split(phrases("phrases")["any"]["add"])), slots, rng))
+    if edit.value == 3 and words["person"] and rng.random() < 0.06:  # "Older."
+        return rng.choice(split(words.get(f"him_{way}", words[way])))
+    if edit.value == 5 and rng.random() < (0.25 if way == "more" else 0.1):
         family = "most_person" if words["person"] and rng.random() < 0.5 else "most"
         slots = _sized(slots, edit, of_person=family == "most_person")
-        return _tidy(expand(rng.choice(split(grammar["steps"][family])), slots, rng))
+        return tidy(expand(rng.choice(split(grammar["steps"][family])), slots, rng))
     families = _change_patterns(attribute, way)
     patterns, of_person, _ = rng.choices(families, [weight for _, _, weight in families])[0]
     if edit.value != 3:
         patterns = _with_size(patterns)
     if of_person:
         slots = _sized(slots, edit, of_person=True)
-    return _tidy(expand(rng.choice(patterns), slots, rng))
+    return tidy(expand(rng.choice(patterns), slots, rng))
 
 
 @cache
 def _with_size(patterns: tuple[str, ...]) -> tuple[str, ...]:
     """Only the patterns that always tell a size: a slot of the ladder outside `(a|b)` and `[a]`."""
-    return tuple(p for p in patterns if _always_sized(_parse(p)))
+    return tuple(p for p in patterns if _always_sized(parse(p)))
 
 
 def _always_sized(node: Node) -> bool:
@@ -313,7 +238,7 @@ def _complaint(edit: Edit, rng: Random) -> str:
         _slots(edit.attribute, rng),
         replace(edit, change=strength * (1 if edit.direction == "more" else -1)),
     )
-    return _tidy(expand("{O} {be} {too} {B}", slots, rng))
+    return tidy(expand("{O} {be} {too} {B}", slots, rng))
 
 
 def _followed_up(edit: Edit, rng: Random) -> str:
@@ -321,15 +246,28 @@ def _followed_up(edit: Edit, rng: Random) -> str:
     if rng.random() < 0.4:
         return _change(edit, rng)
     slots = _sized(_slots(edit.attribute, rng), edit)
-    pronoun = rng.choice(("it", "them", "that"))
-    frames = (
-        "make {it} {pre} {C}",
-        "I want {it} {pre} {C}",
-        "{pre} {C} please",
-        "{it} should be {pre} {C}",
-    )
-    pattern = rng.choice(frames).replace("{it}", pronoun)
-    return _tidy(expand(pattern, slots, rng))
+    slots |= {"O": "it;them;that", "it": "it;them;that"}
+    return tidy(expand(rng.choice(split(phrases("grammar")["steps"]["following"])), slots, rng))
+
+
+_AGES = ((1, 12), (13, 19), (20, 39), (40, 49), (50, 69), (70, 100))  # of the degrees of age
+_TEENS = split(
+    "zero; one; two; three; four; five; six; seven; eight; nine; ten; eleven; twelve; thirteen;"
+    "fourteen; fifteen; sixteen; seventeen; eighteen; nineteen"
+)
+_TENS = split("twenty; thirty; forty; fifty; sixty; seventy; eighty; ninety; a hundred")
+
+
+def _years_old(degree: int, rng: Random) -> str:
+    """A number of years that means this degree of age, in digits or in words."""
+    low, high = _AGES[degree]
+    years = rng.choice((rng.randint(low, high), 5 * rng.randint(-(-low // 5), high // 5)))
+    if rng.random() < 0.5:
+        return str(years)
+    if years < 20:
+        return _TEENS[years]
+    unit = years % 10
+    return _TENS[years // 10 - 2] + (f" {_TEENS[unit]}" if unit else "")
 
 
 def _target(edit: Edit, rng: Random) -> str:
@@ -338,7 +276,10 @@ def _target(edit: Edit, rng: Random) -> str:
     degree = str(edit.target)
     slots = _slots(edit.attribute, rng)
     if edit.target == 0 and edit.attribute is not Attribute.AGE and rng.random() < 0.45:
-        return _tidy(expand(rng.choice(split(phrases("phrases")["any"]["remove"])), slots, rng))
+        return tidy(expand(rng.choice(split(phrases("phrases")["any"]["remove"])), slots, rng))
+    if edit.attribute is Attribute.AGE and rng.random() < 0.25:
+        slots["n"] = _years_old(edit.target or 0, rng)
+        return tidy(expand(rng.choice(split(grammar["at_age"])), slots, rng))
     families = [("says", None, 0.3), ("things", "have", 0.5), ("is", "be", 0.45)]
     if edit.attribute is Attribute.AGE:
         families[1] = ("things", "have", 0.12)
@@ -351,7 +292,7 @@ def _target(edit: Edit, rng: Random) -> str:
         other = rng.choice([name for name in words["things"] if name != degree])
         slots["X0"] = rng.choice(split(words[kind].get(other) or words["things"][other]))
         pattern = rng.choice(split(grammar[frame]))
-    return _tidy(expand(pattern, slots, rng))
+    return tidy(expand(pattern, slots, rng))
 
 
 _SHARED_VERBS = split(
@@ -370,7 +311,7 @@ def _several(rng: Random) -> str:
         other = _slots(second, rng)
         verb = rng.choice(_SHARED_VERBS)
         article = rng.choice(("", "", "a "))
-        return _tidy(
+        return tidy(
             expand(f"{verb} {article}{slots['N']} {join} {article}{other['N']}", slots, rng)
         )
     if draw < 0.4:  # two comparatives, or what to be, under one verb
@@ -381,7 +322,7 @@ def _several(rng: Random) -> str:
             for x in (first, second)
         )
         start = rng.choice(("make {him} ", "{he} should be ", "", "", "I want {him} "))
-        return _tidy(f"{expand(start + one, a, rng)} {join} {expand(two, b, rng)}")
+        return tidy(f"{expand(start + one, a, rng)} {join} {expand(two, b, rng)}")
     requests = [
         _target(Edit(x, target=rng.randint(0, MAX_DEGREE)), rng)
         if rng.random() < 0.35
@@ -434,21 +375,12 @@ def _out_of_scope(rng: Random) -> str:
         "W": out["looks"],
         "a": "a",
     }
-    return _tidy(expand(rng.choice(split(out[kind])), slots, rng))
+    return tidy(expand(rng.choice(split(out[kind])), slots, rng))
 
 
 @cache
 def _common() -> tuple[str, ...]:
     return tuple(phrases("out_of_scope")["common"].split())
-
-
-_ARTICLE = re.compile(r"\b(a|the|his|her|my) (an?|the|his|her|my|its) ")
-_VOWEL = re.compile(r"\ba (?=[aeiou])")
-
-
-def _tidy(text: str) -> str:
-    text = _ARTICLE.sub(r"\2 ", text)
-    return _VOWEL.sub("an ", text)
 
 
 def _wrap(text: str, rng: Random, amount: float) -> str:
@@ -479,7 +411,8 @@ def _punctuate(text: str, rng: Random) -> str:
 def read_sentences(path: Path) -> list[Sentence]:
     """Labelled sentences from JSON lines.
 
-    The fields: text, in_scope, attribute, mode, and direction and size or target.
+    The fields: text, in_scope, attribute, mode, and direction and size or target; a line without
+    an attribute is out of scope.
     A line with `"reason": "several"` asks for two edits. Raises ValueError naming the bad line.
     """
     found = []
@@ -487,14 +420,14 @@ def read_sentences(path: Path) -> list[Sentence]:
         try:
             row = json.loads(line)
             edit = None
-            if row["in_scope"]:
+            if row.get("in_scope", row.get("attribute") is not None):
                 attribute = Attribute.parse(row["attribute"])
                 if row["mode"] == "target":
                     edit = Edit(attribute, target=int(row["target"]))
                 else:
-                    sign = 1 if row["direction"] == "more" else -1
+                    sign = {"more": 1, "less": -1}[row["direction"]]
                     edit = Edit(attribute, change=sign * int(row["size"]))
             found.append(labelled(row["text"], edit, row.get("reason") == "several"))
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, InvalidRequest) as error:
             raise ValueError(f"{path}, line {number}: {error!r} in {line[:80]!r}") from error
     return found

@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from shared.attributes import MAX_DEGREE, Edit
 from shared.bundle import write_net
 from shared.errors import InstructionRefused
+from training.patterns import vocabulary
 from training.run import Run, RunOptions
-from training.sentences import DEV_SET, Sentence, make_sentence, read_sentences, vocabulary
+from training.sentences import DEV_SET, Sentence, make_sentence, read_sentences
 from transmitter.text import (
     NET,
     Heads,
@@ -38,7 +40,7 @@ NAME = "text"
 class Recipe:
     """What the run does; the defaults are the shipped net's."""
 
-    steps: int = 3600
+    steps: int = 5000
     batch: int = 128
     chunk: int = 16  # batches drawn at once and sorted by length, so that padding is short
     rate: float = 3e-3
@@ -172,34 +174,45 @@ def predict(encoder: TextEncoder, sentences: Sequence[Sentence]) -> list[Heads]:
     return [Heads(*(head[i] for head in heads)) for i in range(len(sentences))]
 
 
-def score(
-    probabilities: Sequence[Heads], sentences: Sequence[Sentence], threshold: float
-) -> dict[str, float]:
+def read_all(probabilities: Sequence[Heads], threshold: float) -> list[Edit | None]:
+    """The edit of every sentence, None where it is refused."""
+    edits: list[Edit | None] = []
+    for heads in probabilities:
+        try:
+            edits.append(decide(heads, threshold).edit)
+        except InstructionRefused:
+            edits.append(None)
+    return edits
+
+
+def same_way(one: Edit, other: Edit) -> bool:
+    """Whether two edits move the same attribute the same way.
+
+    For two targets the face decides the way, so only 0 and 5 differ; a target between them is
+    neither more nor less, and differs from every change.
+    """
+    if one.attribute is not other.attribute:
+        return False
+    if one.mode == other.mode == "target":
+        return {one.target, other.target} != {0, MAX_DEGREE}
+    return one.direction == other.direction
+
+
+def score(edits: Sequence[Edit | None], sentences: Sequence[Sentence]) -> dict[str, float]:
     """Shares of right answers.
 
-    direction: attribute and mode right, and the direction of a change, of the sentences in scope;
-    size: also the size or the target; refused: of those out of scope.
+    direction: attribute and direction right (`same_way`), of the sentences in scope; size: the very
+    edit; refused: of those out of scope.
     """
     inside = right = exact = outside = refused = 0
-    for heads, sentence in zip(probabilities, sentences, strict=True):
-        try:
-            edit = decide(heads, threshold).edit
-        except InstructionRefused:
-            edit = None
-        if sentence.scope != 0:
+    for edit, sentence in zip(edits, sentences, strict=True):
+        if sentence.edit is None:
             outside += 1
             refused += edit is None
             continue
         inside += 1
-        if edit is None or edit.attribute.index != sentence.attribute:
-            continue
-        if sentence.mode == 1:
-            right += edit.mode == "target"
-            exact += edit.target == sentence.target
-        else:
-            same = edit.direction == ("more", "less")[sentence.direction] and edit.mode == "change"
-            right += same
-            exact += same and edit.value == sentence.size + 1
+        exact += edit == sentence.edit
+        right += edit is not None and same_way(edit, sentence.edit)
     return {
         "direction": right / max(1, inside),
         "size": exact / max(1, inside),
@@ -218,9 +231,9 @@ def calibrate(
     thresholds = [0.02 * i for i in range(5, 46)]
     totals = []
     for threshold in thresholds:
-        scores = score(probabilities, development, threshold)
+        scores = score(read_all(probabilities, threshold), development)
         totals.append(round(scores["direction"] + scores["refused"], 6))
     best = [t for t, total in zip(thresholds, totals, strict=True) if total == max(totals)]
     threshold = round(best[len(best) // 2], 2)
-    scores = score(probabilities, development, threshold)
+    scores = score(read_all(probabilities, threshold), development)
     return replace(encoder.config, threshold=threshold), {**scores, "threshold": threshold}
