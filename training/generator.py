@@ -50,7 +50,7 @@ class Recipe:
     channels: tuple[int, ...] = (256, 256, 256, 192, 96, 48)
     encoder_channels: tuple[int, ...] = (64, 128, 192, 256, 384)
     discriminator_channels: tuple[int, ...] = (256, 256, 192, 128, 64, 32)
-    rate: float = 8e-4
+    rate: float = 4e-4
     rate_falls_after: int = 24_000  # then as 1 / sqrt(images)
     warmup: int = 1_600
     mse: float = 4.0
