@@ -302,7 +302,7 @@ def test_photographs(finder: FaceFinder) -> None:
         if faces and error(faces[0], points) < 0.25:
             errors.append(error(faces[0], points))
     assert len(errors) >= 0.98 * len(known)
-    assert sum(errors) / len(errors) < 0.05
+    assert sum(errors) / len(errors) < 0.06  # of the eye distance
 
 
 def test_exif_orientation_is_honoured(finder: FaceFinder) -> None:
@@ -367,6 +367,7 @@ def test_turned_heads(finder: FaceFinder) -> None:
             assert tilt == pytest.approx(-angle, abs=8)
 
 
+@pytest.mark.slow
 def test_speed_on_one_core(finder: FaceFinder) -> None:
     photo = load(next(iter(photos())))
     finder(photo)

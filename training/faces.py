@@ -51,7 +51,7 @@ from transmitter.faces import (
 
 NAME = "faces"
 FINDER_STEPS = 3200
-POINTS_STEPS = 3000
+POINTS_STEPS = 1800
 BATCH = 32
 SIDE = 128  # px of a scene
 RATE = 3e-3
