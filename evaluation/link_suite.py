@@ -185,19 +185,21 @@ def read_sentences(reader: TextReader, folder: Path = SENTENCES) -> dict[str, Fi
 def judged(reading: Reading, row: Mapping[str, Any]) -> tuple[bool, bool]:
     """Whether a reading has the right attribute and direction, and the right size as well.
 
-    A target has no direction but that of its degree, so the mode must be right there instead.
+    A sentence labelled with a degree between none and all has no direction: there the reading must
+    be a target too, or be of another mode that the label allows.
     """
-    edit = reading.edit
+    edit, modes = reading.edit, row.get("modes_ok", [row["mode"]])
     if edit.attribute is not Attribute.parse(row["attribute"]):
         return False, False
-    if edit.mode not in row.get("modes_ok", [row["mode"]]):
-        return False, False
+    if row["direction"] is None or (edit.mode == "target" and edit.mode in modes):
+        way = edit.mode in modes
+    else:
+        way = edit.direction == row["direction"]
     if edit.mode == "change":
-        way = row["direction"] is None or edit.direction == row["direction"]
-        sizes = row.get("sizes_ok") or [row["size"]]
-        return way, way and edit.value in sizes
-    targets = row.get("targets_ok") or [row["target"]]
-    return True, edit.target in targets
+        right = edit.value in (row.get("sizes_ok") or [row["size"]])
+    else:
+        right = edit.target in (row.get("targets_ok") or [row["target"]])
+    return way, way and right and edit.mode in modes
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
