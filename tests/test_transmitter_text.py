@@ -4,6 +4,7 @@ import contextlib
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -23,7 +24,16 @@ from training.sentences import (
     make_sentence,
     read_sentences,
 )
-from training.text import Recipe, draw_chunk, loss_of, read_all, score, to_tensors, train
+from training.text import (
+    Recipe,
+    draw_chunk,
+    loss_of,
+    read_all,
+    score,
+    to_tensors,
+    train,
+    warm_start,
+)
 from transmitter.text import (
     MAX_CHARACTERS,
     SCOPES,
@@ -235,6 +245,19 @@ def test_the_recipe_resumes_exactly_and_its_net_is_read_back(tmp_path: Path) -> 
     reader = TextReader.from_bundle(bundles[0])
     with contextlib.suppress(InstructionRefused):  # four steps teach little: either answer is one
         assert reader("make the smile bigger").edit.attribute in ATTRIBUTES
+
+
+def test_a_warm_start_keeps_the_words_that_both_know(tmp_path: Path) -> None:
+    train(options(tmp_path), SHORT, TINY)
+    bundle = Bundle.open(tmp_path / "bundle")
+    grown = TextEncoder(replace(TINY, vocabulary=("a", "beard", "make")))
+    before = grown.words.weight.detach().clone()
+    assert warm_start(grown, bundle)["steps"] == 4
+    old = bundle.tensors("text")["words.weight"]
+    assert torch.equal(grown.words.weight[[0, 2, 3]], old[[0, 1, 3]])
+    assert torch.equal(grown.words.weight[1], before[1])
+    with pytest.raises(InvalidRequest, match="shape differs"):
+        warm_start(TextEncoder(replace(TINY, hidden=7)), bundle)
 
 
 def test_the_development_sentences_are_well_formed(tmp_path: Path) -> None:

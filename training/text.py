@@ -12,14 +12,15 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from random import Random
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from shared.attributes import MAX_DEGREE, Edit
-from shared.bundle import write_net
-from shared.errors import InstructionRefused
+from shared.bundle import Bundle, write_net
+from shared.errors import InstructionRefused, InvalidRequest
 from training.patterns import vocabulary
 from training.run import Run, RunOptions
 from training.sentences import DEV_SET, Sentence, make_sentence, read_sentences
@@ -48,6 +49,7 @@ class Recipe:
     weight_decay: float = 0.01
     hidden_words: float = 0.08  # share of words that pass for unknown
     smoothing: float = 0.02
+    warm: bool = False  # begin from the bundle's net, when the grammar has grown since
 
 
 def train(
@@ -63,6 +65,9 @@ def train(
         optimiser = torch.optim.AdamW(
             encoder.parameters(), recipe.rate, (0.9, 0.98), weight_decay=recipe.weight_decay
         )
+        started: dict[str, Any] = {}
+        if recipe.warm:
+            started = {"began_from": warm_start(encoder, Bundle.open(options.bundle))}
         if saved is not None:
             encoder.load_state_dict(saved["encoder"])
             optimiser.load_state_dict(saved["optimiser"])
@@ -80,6 +85,7 @@ def train(
                 provenance=run.provenance(
                     data="sentences of the project's own grammar (training/*.toml)",
                     development=scores,
+                    **started,
                 ),
             )
             encoder.train()
@@ -107,6 +113,31 @@ def train(
             if run.due("checkpoint", 2):
                 checkpoint()
         checkpoint()
+
+
+def warm_start(encoder: TextEncoder, bundle: Bundle) -> dict[str, Any]:
+    """Copy the bundle's text encoder into this one, word by word; returns that net's provenance.
+
+    Words that the old vocabulary lacks keep their random embedding. Raises BundleError where the
+    bundle has no such net, InvalidRequest where its shape differs.
+    """
+    old = TextConfig.from_json(bundle.config(NET))
+    if replace(old, vocabulary=(), threshold=0.5) != replace(encoder.config, vocabulary=()):
+        raise InvalidRequest(
+            f"cannot begin from the text encoder of {bundle.folder}: its shape differs"
+        )
+    tensors = bundle.tensors(NET)
+    words = tensors.pop("words.weight")
+    encoder.load_state_dict({**tensors, "words.weight": encoder.words.weight}, strict=True)
+    rows = {word: row for row, word in enumerate(old.vocabulary, start=1)}
+    pairs = [(0, 0)]  # the unknown word
+    for row, word in enumerate(encoder.config.vocabulary, start=1):
+        if word in rows:
+            pairs.append((row, rows[word]))
+    ours, theirs = torch.tensor(pairs).T
+    with torch.no_grad():
+        encoder.words.weight[ours] = words[theirs].to(encoder.words.weight.device)
+    return bundle.provenance(NET)
 
 
 def rate_at(step: int, recipe: Recipe) -> float:
