@@ -209,7 +209,7 @@ class Nets:
             )
 
     @torch.no_grad()
-    def settled_encoder(self, faces: FaceSet, count: int = 512) -> InversionEncoder:
+    def settled_encoder(self, faces: FaceSet, count: int = 2048) -> InversionEncoder:
         """The averaged encoder with normalisation statistics measured on `count` training faces.
 
         Running statistics lag behind weights that move, and belong to the live weights anyway.
@@ -217,12 +217,16 @@ class Nets:
         encoder: InversionEncoder = deepcopy(self.smooth_encoder)
         encoder.train()
         for module in encoder.modules():
-            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            if isinstance(module, nn.BatchNorm2d):
                 module.reset_running_stats()
                 module.momentum = None  # a plain mean over the batches
-        for index in torch.arange(min(count, len(faces))).chunk(max(1, count // 128)):
-            encoder(faces.batch(index).to(self.device))
+        batches = torch.arange(min(count, len(faces))).split(128)
+        for index in batches[: max(1, len(batches) // 4)]:
+            encoder.raw(faces.batch(index).to(self.device))
         encoder.eval()
+        encoder.whiten.settle(
+            torch.cat([encoder.raw(faces.batch(index).to(self.device)) for index in batches])
+        )
         return encoder
 
     def write(self, folder: Path, encoder: InversionEncoder, run: Run) -> None:
@@ -245,14 +249,12 @@ def rate_groups(generator: Generator, encoder: InversionEncoder) -> list[dict[st
     512 times as far. Demodulated and batch-normalised convolutions do not mind; styles, RGB,
     the mapping network and the encoder's head do.
     """
-    scales: dict[float, list[nn.Parameter]] = {1.0: [], 0.3: [], 0.1: [], 0.03: []}
+    scales: dict[float, list[nn.Parameter]] = {1.0: [], 0.3: [], 0.03: []}
     for name, parameter in generator.named_parameters():
         if name.startswith("mapping"):
             scales[0.03].append(parameter)
-        elif "style" in name:
-            scales[0.1].append(parameter)
         else:
-            scales[0.3 if "to_rgb" in name else 1.0].append(parameter)
+            scales[0.3 if "to_rgb" in name or "style" in name else 1.0].append(parameter)
     for name, parameter in encoder.named_parameters():
         scales[0.3 if name.startswith("head") else 1.0].append(parameter)
     return [{"params": parameters, "scale": scale} for scale, parameters in scales.items()]
@@ -323,7 +325,8 @@ def reconstruct(
         report["fooled"] = fooled
     nets.optimiser.zero_grad(set_to_none=True)
     loss.backward()
-    torch.nn.utils.clip_grad_norm_([*nets.generator.parameters(), *nets.encoder.parameters()], 1.0)
+    drawing = [*nets.generator.synthesis.parameters(), *nets.encoder.parameters()]
+    torch.nn.utils.clip_grad_norm_(drawing, 1.0)
     nets.optimiser.step()
     return report
 

@@ -74,25 +74,59 @@ class _Residual(nn.Module):
         return F.leaky_relu(self.norm3(self.skip(x)) + self.norm2(self.conv2(y)), 0.2)
 
 
-class _Whiten(nn.BatchNorm1d):
-    """Zero mean and unit variance per dimension by *running* statistics, in training too.
+class Whiten(nn.Module):
+    """h [B, D] -> (h - mean) (C + ridge)^(-1/2): zero mean, and no two dimensions alike (ZCA).
 
-    Statistics of the batch itself would tie a face's code to the seven faces beside it, which is
-    as much noise as a 9 dB channel.
+    Per-dimension normalisation is not enough: training then fills the 512 dimensions with copies of
+    the three or four things that matter most, and the link carries four numbers. Statistics are
+    running ones, in training too: those of a batch would tie a face's code to the faces beside it.
+    No gradient flows through them.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        mean, variance, count = self.running_mean, self.running_var, self.num_batches_tracked
-        assert mean is not None
-        assert variance is not None
-        assert count is not None
-        if self.training:
-            with torch.no_grad():
-                count += 1
-                share = max(self.momentum or 0.0, 1 / int(count))
-                mean.lerp_(x.mean(0), share)
-                variance.lerp_((x - mean).square().mean(0), share)
-        return (x - mean) * (variance + self.eps).rsqrt()
+    mean: Tensor
+    covariance: Tensor
+    root: Tensor
+    count: Tensor
+
+    def __init__(self, width: int, momentum: float = 0.005, ridge: float = 0.03) -> None:
+        """ridge: relative to the mean variance; it bounds how much a weak direction is raised."""
+        super().__init__()
+        self.momentum, self.ridge, self.refresh_every = momentum, ridge, 20
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("covariance", torch.eye(width))
+        self.register_buffer("root", torch.eye(width))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, h: Tensor) -> Tensor:
+        with torch.autocast(h.device.type, enabled=False):  # bf16 is too coarse for small variances
+            if self.training:
+                with torch.no_grad():
+                    self._follow(h)
+            return (h - self.mean) @ self.root
+
+    def _follow(self, h: Tensor) -> None:
+        self.count += 1
+        share = max(self.momentum, 1 / int(self.count))
+        self.mean.lerp_(h.mean(0), share)
+        centred = h - self.mean
+        self.covariance.lerp_(centred.t() @ centred / len(h), share)
+        if int(self.count) % self.refresh_every == 0:
+            self.refresh()
+
+    @torch.no_grad()
+    def settle(self, h: Tensor) -> None:
+        """Take mean and covariance from h [N, D] instead of following batches."""
+        self.mean.copy_(h.mean(0))
+        self.covariance.copy_(torch.cov(h.t(), correction=0))
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """root = (C + ridge * mean variance)^(-1/2)."""
+        level = self.covariance.diagonal().mean()
+        values, vectors = torch.linalg.eigh(self.covariance)
+        raised = values.clamp(min=0) + self.ridge * level
+        self.root.copy_((vectors * raised.rsqrt()) @ vectors.t())
 
 
 class InversionEncoder(nn.Module):
@@ -113,7 +147,7 @@ class InversionEncoder(nn.Module):
         blocks.append(_Residual(channels[-1], channels[-1], down=False))
         self.blocks = nn.Sequential(*blocks)
         self.head = nn.Linear(channels[-1] * 16, config.w_dim)
-        self.whiten = _Whiten(config.w_dim, affine=False, momentum=0.03)
+        self.whiten = Whiten(config.w_dim)
 
     @classmethod
     def from_bundle(cls, bundle: Bundle) -> "InversionEncoder":
@@ -128,9 +162,14 @@ class InversionEncoder(nn.Module):
             raise InvalidRequest(
                 f"got pictures of shape {tuple(image.shape)}, expected [B, 3, {size}, {size}]"
             )
+        return to_sphere(self.whiten(self.raw(image)))  # [B, w_dim]
+
+    def raw(self, image: Tensor) -> Tensor:
+        """What is whitened: [B, w_dim], of any mean and covariance."""
         x = F.pixel_unshuffle(image, 2).contiguous(memory_format=torch.channels_last)
         x = self.blocks(F.leaky_relu(self.stem(x), 0.2))  # [B, C, 4, 4]
-        return to_sphere(self.whiten(self.head(x.flatten(1)).float()))  # [B, w_dim]
+        raw: Tensor = self.head(x.flatten(1)).float()
+        return raw
 
 
 def invert(
