@@ -6,6 +6,7 @@ Everything is drawn from the `random.Random` it is given.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -64,11 +65,11 @@ def labelled(text: str, edit: Edit | None, several: bool = False) -> Sentence:
 
 
 def make_sentence(rng: Random) -> Sentence:
-    """One labelled sentence: 70 % in scope, 25 % out of it, 5 % that ask for two edits."""
+    """One labelled sentence: 71 % in scope, 25 % out of it, 4 % that ask for two edits."""
     draw = rng.random()
-    if draw < 0.70:
+    if draw < 0.71:
         sentence = _in_scope(rng)
-    elif draw < 0.95:
+    elif draw < 0.96:
         sentence = labelled(_wrap(_out_of_scope(rng), rng, 0.35), None)
     else:
         sentence = labelled(_wrap(_several(rng), rng, 0.5), None, several=True)
@@ -84,13 +85,17 @@ def _in_scope(rng: Random) -> Sentence:
             edit = Edit(attribute, change=1 if edit.direction == "more" else -1)
             text += f" {rng.choice(_SOFTENED)}"
         elif rng.random() < 0.06:
-            text = f"{_complaint(edit, rng)}. {_followed_up(edit, rng)}"
+            text = f"{_complaint(edit, rng)}{rng.choice(_STOPS)}{_followed_up(edit, rng)}"
+        elif rng.random() < 0.08:
+            text = f"{_remark(edit, rng)}{rng.choice(_STOPS)}{_followed_up(edit, rng)}"
         elif rng.random() < 0.02:
             wrong = Edit(attribute, change=-(edit.change or 1))
             text = f"{_change(wrong, rng)}, {_around('take_back', rng)} {text}"
     else:
         edit = Edit(attribute, target=rng.randint(0, MAX_DEGREE))
         text = _target(edit, rng)
+        if rng.random() < 0.06 and attribute is not Attribute.AGE:
+            text = f"{_remark(edit, rng)}{rng.choice(_STOPS)}{text}"
     if rng.random() < 0.06:
         others = split(phrases("grammar")["around"]["kept"])
         kept = rng.choice([word for word in others if word not in _OWN_WORDS[attribute]])
@@ -98,6 +103,7 @@ def _in_scope(rng: Random) -> Sentence:
     return labelled(_wrap(text, rng, 0.5), edit)
 
 
+_STOPS = (". ", ". ", ", ", " ", ", so ", ". so ", ", please ")
 _SOFTENED = ("but not too much", "but only a little", "but just a bit", "not by much",
              "just a little", "but only slightly", "nothing too drastic")  # fmt: skip
 _OWN_WORDS: Mapping[Attribute, tuple[str, ...]] = {
@@ -111,7 +117,9 @@ _OWN_WORDS: Mapping[Attribute, tuple[str, ...]] = {
 
 def _around(name: str, rng: Random) -> str:
     pattern = rng.choice(split(phrases("grammar")["around"][name]))
-    return pattern if name == "keep" else expand(pattern, {}, rng)  # "keep" has slots of its own
+    if name == "keep":  # its slots are filled by the caller
+        return pattern
+    return expand(pattern, {"w": rng.choice(_neutral()), **phrases("grammar")["people"]}, rng)
 
 
 def _draw_change(attribute: Attribute, rng: Random) -> Edit:
@@ -128,6 +136,7 @@ def _slots(attribute: Attribute, rng: Random) -> dict[str, str]:
     owner = "the" if " {his}" in noun else "{his}"
     return {
         **people,
+        "G": people["nice"],
         "N": noun,
         "O": f"{owner} {noun};{owner} {noun};the {noun};{noun}" if rng.random() < 0.9 else noun,
         "a": "a" if singular else "",
@@ -241,6 +250,13 @@ def _complaint(edit: Edit, rng: Random) -> str:
     return tidy(expand("{O} {be} {too} {B}", slots, rng))
 
 
+def _remark(edit: Edit, rng: Random) -> str:
+    """A remark on what the request is about."""
+    change = edit if edit.change is not None else _draw_change(edit.attribute, rng)
+    slots = _sized(_slots(edit.attribute, rng), change)
+    return tidy(expand(rng.choice(split(phrases("grammar")["remarks"]["named"])), slots, rng))
+
+
 def _followed_up(edit: Edit, rng: Random) -> str:
     """The request after a complaint, which may leave the noun to it."""
     if rng.random() < 0.4:
@@ -292,6 +308,8 @@ def _target(edit: Edit, rng: Random) -> str:
         other = rng.choice([name for name in words["things"] if name != degree])
         slots["X0"] = rng.choice(split(words[kind].get(other) or words["things"][other]))
         pattern = rng.choice(split(grammar[frame]))
+        if pattern.startswith("{X}") and rng.random() < 0.5:  # "Pensioner."
+            slots["X"] = re.sub(r"^an? ", "", slots["X"])
     return tidy(expand(pattern, slots, rng))
 
 
@@ -381,6 +399,14 @@ def _out_of_scope(rng: Random) -> str:
 @cache
 def _common() -> tuple[str, ...]:
     return tuple(phrases("out_of_scope")["common"].split())
+
+
+@cache
+def _neutral() -> tuple[str, ...]:
+    """Lists of words that change no request: a word by itself is no sign of being out of scope."""
+    excepted = phrases("out_of_scope")["telling"].split()
+    words = [word for word in _common() if word not in excepted]
+    return tuple(";".join(words[i::16]) for i in range(16))
 
 
 def _wrap(text: str, rng: Random, amount: float) -> str:
