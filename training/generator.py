@@ -50,7 +50,7 @@ class Recipe:
     channels: tuple[int, ...] = (256, 256, 256, 192, 96, 48)
     encoder_channels: tuple[int, ...] = (64, 128, 192, 256, 384)
     discriminator_channels: tuple[int, ...] = (256, 256, 192, 128, 64, 32)
-    rate: float = 4e-4
+    rate: float = 8e-4
     rate_falls_after: int = 24_000  # then as 1 / sqrt(images)
     warmup: int = 1_600
     mse: float = 4.0
@@ -66,7 +66,7 @@ class Recipe:
     snr_high_db: float = 24.0
     snr_low_first_db: float = 14.0
     snr_low_db: float = -8.0
-    snr_widened_at: int = 40_000
+    snr_widened_at: int = 80_000
     ema_images: int = 6_000
     validation_faces: int = 128
 

@@ -88,8 +88,10 @@ class Whiten(nn.Module):
     root: Tensor
     count: Tensor
 
-    def __init__(self, width: int, momentum: float = 0.005, ridge: float = 0.03) -> None:
-        """ridge: relative to the mean variance; it bounds how much a weak direction is raised."""
+    def __init__(self, width: int, momentum: float = 0.01, ridge: float = 0.3) -> None:
+        """ridge: relative to the mean variance; directions far below it are not raised to full power,
+        so what the encoder has not learned to use stays quiet.
+        """
         super().__init__()
         self.momentum, self.ridge, self.refresh_every = momentum, ridge, 20
         self.register_buffer("mean", torch.zeros(width))
