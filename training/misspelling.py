@@ -34,9 +34,18 @@ def misspell(text: str, rng: Random, often: float = 0.35) -> str:
     return text
 
 
+_CONFUSED: Mapping[str, str] = {
+    "off": "of", "too": "to", "than": "then", "then": "than", "your": "youre", "their": "there",
+    "of": "off", "to": "too", "her": "he", "the": "teh", "his": "is", "its": "it",
+    "you": "u", "please": "plese", "are": "r", "could": "cud", "with": "wit", "and": "an",
+}  # fmt: skip
+
+
 def _mistype(word: str, rng: Random) -> str:
     if len(word) < 2:
         return word
+    if word in _CONFUSED and rng.random() < 0.4:
+        return _CONFUSED[word]
     at = rng.randrange(len(word) - 1)
     kind = rng.choice(
         ("drop", "drop", "swap", "swap", "double", "neighbour", "neighbour", "extra", "vowel")

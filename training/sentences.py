@@ -127,18 +127,28 @@ def _draw_change(attribute: Attribute, rng: Random) -> Edit:
     return Edit(attribute, change=size if rng.random() < 0.5 else -size)
 
 
-def _slots(attribute: Attribute, rng: Random) -> dict[str, str]:
-    """The slots that a sentence about the attribute may use, its nouns agreeing in number."""
+def _slots(attribute: Attribute, rng: Random, nouns: str | None = None) -> dict[str, str]:
+    """The slots that a sentence about the attribute may use, its nouns agreeing in number.
+
+    nouns: the list of `phrases.toml` to take the noun from, where any of the attribute will not do.
+    """
     words = phrases("phrases")[attribute]
-    singular = rng.random() < 0.6 if attribute is not Attribute.AGE else True
-    noun = rng.choice(split(words["nouns" if singular else "plurals"]))
     people = phrases("grammar")["people"]
+    if nouns is not None and nouns in words:
+        noun = rng.choice(split(words[nouns]))
+        singular = not noun.endswith("s")
+    else:
+        singular = attribute is Attribute.AGE or rng.random() < 0.6
+        noun = rng.choice(split(words["nouns" if singular else "plurals"]))
     owner = "the" if " {his}" in noun else "{his}"
+    articled = f"{owner} {noun};{owner} {noun};the {noun};{noun}"
+    if rng.random() < 0.08:
+        articled = f"{owner} {rng.choice(split(people['rude']))} {noun}"
     return {
         **people,
         "G": people["nice"],
         "N": noun,
-        "O": f"{owner} {noun};{owner} {noun};the {noun};{noun}" if rng.random() < 0.9 else noun,
+        "O": articled,
         "a": "a" if singular else "",
         "be": "is" if singular else "are",
         "it": "it" if singular else "them",
@@ -196,6 +206,7 @@ def _change(edit: Edit, rng: Random) -> str:
     if exact and rng.random() < (0.12 if edit.value == 3 else 0.2):
         return tidy(expand(rng.choice(exact), slots, rng))
     if way == "more" and edit.value == 3 and attribute is not Attribute.AGE and rng.random() < 0.3:
+        slots |= _slots(attribute, rng, "whole")
         return tidy(expand(rng.choice(split(phrases("phrases")["any"]["add"])), slots, rng))
     if edit.value == 3 and words["person"] and rng.random() < 0.06:  # "Older."
         return rng.choice(split(words.get(f"him_{way}", words[way])))
@@ -292,6 +303,7 @@ def _target(edit: Edit, rng: Random) -> str:
     degree = str(edit.target)
     slots = _slots(edit.attribute, rng)
     if edit.target == 0 and edit.attribute is not Attribute.AGE and rng.random() < 0.45:
+        slots = _slots(edit.attribute, rng, "worn" if "worn" in words else "whole")
         return tidy(expand(rng.choice(split(phrases("phrases")["any"]["remove"])), slots, rng))
     if edit.attribute is Attribute.AGE and rng.random() < 0.25:
         slots["n"] = _years_old(edit.target or 0, rng)

@@ -66,15 +66,22 @@ def train(
             encoder.parameters(), recipe.rate, (0.9, 0.98), weight_decay=recipe.weight_decay
         )
         started: dict[str, Any] = {}
-        if recipe.warm:
-            started = {"began_from": warm_start(encoder, Bundle.open(options.bundle))}
+        if saved is None and recipe.warm:
+            started = {"earlier_runs": warm_start(encoder, Bundle.open(options.bundle))}
         if saved is not None:
+            started = saved["started"]
             encoder.load_state_dict(saved["encoder"])
             optimiser.load_state_dict(saved["optimiser"])
         development = read_sentences(DEV_SET)
 
         def checkpoint() -> None:
-            run.save({"encoder": encoder.state_dict(), "optimiser": optimiser.state_dict()})
+            run.save(
+                {
+                    "encoder": encoder.state_dict(),
+                    "optimiser": optimiser.state_dict(),
+                    "started": started,
+                }
+            )
             calibrated, scores = calibrate(encoder, development)
             run.record(**scores)
             write_net(
@@ -115,8 +122,8 @@ def train(
         checkpoint()
 
 
-def warm_start(encoder: TextEncoder, bundle: Bundle) -> dict[str, Any]:
-    """Copy the bundle's text encoder into this one, word by word; returns that net's provenance.
+def warm_start(encoder: TextEncoder, bundle: Bundle) -> list[dict[str, Any]]:
+    """Copy the bundle's text encoder into this one, word by word; returns the runs that made it.
 
     Words that the old vocabulary lacks keep their random embedding. Raises BundleError where the
     bundle has no such net, InvalidRequest where its shape differs.
@@ -137,7 +144,12 @@ def warm_start(encoder: TextEncoder, bundle: Bundle) -> dict[str, Any]:
     ours, theirs = torch.tensor(pairs).T
     with torch.no_grad():
         encoder.words.weight[ours] = words[theirs].to(encoder.words.weight.device)
-    return bundle.provenance(NET)
+    made = bundle.provenance(NET)
+    earlier: list[dict[str, Any]] = made.get("earlier_runs", [])
+    return [
+        *earlier,
+        {key: made.get(key) for key in ("commit", "seed", "steps", "images", "hours")},
+    ]
 
 
 def rate_at(step: int, recipe: Recipe) -> float:
