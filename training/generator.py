@@ -51,7 +51,7 @@ class Recipe:
     encoder_channels: tuple[int, ...] = (64, 128, 192, 256, 384)
     discriminator_channels: tuple[int, ...] = (256, 256, 192, 128, 64, 32)
     rate: float = 8e-4
-    rate_falls_after: int = 24_000  # then as 1 / sqrt(images)
+    rate_falls_after: int = 10_000  # then as 1 / sqrt(images)
     warmup: int = 1_600
     mse: float = 4.0
     perceptual: float = 0.3
@@ -209,7 +209,7 @@ class Nets:
             )
 
     @torch.no_grad()
-    def settled_encoder(self, faces: FaceSet, count: int = 2048) -> InversionEncoder:
+    def settled_encoder(self, faces: FaceSet, count: int = 512) -> InversionEncoder:
         """The averaged encoder with normalisation statistics measured on `count` training faces.
 
         Running statistics lag behind weights that move, and belong to the live weights anyway.
@@ -220,13 +220,10 @@ class Nets:
             if isinstance(module, nn.BatchNorm2d):
                 module.reset_running_stats()
                 module.momentum = None  # a plain mean over the batches
-        batches = torch.arange(min(count, len(faces))).split(128)
-        for index in batches[: max(1, len(batches) // 4)]:
+        for index in torch.arange(min(count, len(faces))).split(128):
             encoder.raw(faces.batch(index).to(self.device))
         encoder.eval()
-        encoder.whiten.settle(
-            torch.cat([encoder.raw(faces.batch(index).to(self.device)) for index in batches])
-        )
+        encoder.whiten.load_state_dict(self.encoder.whiten.state_dict())
         return encoder
 
     def write(self, folder: Path, encoder: InversionEncoder, run: Run) -> None:

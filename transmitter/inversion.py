@@ -48,6 +48,28 @@ class InversionConfig:
         return asdict(self)
 
 
+class RunningNorm(nn.BatchNorm2d):
+    """Batch normalisation by running statistics, in training too.
+
+    In a batch of eight, one face before a white wall sets the scale that it is divided by: a
+    compression which is not there when a face comes alone. Slow statistics are the same for both.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, variance, count = self.running_mean, self.running_var, self.num_batches_tracked
+        assert mean is not None
+        assert variance is not None
+        assert count is not None
+        if self.training:
+            with torch.no_grad():
+                count += 1
+                share = max(self.momentum or 0.0, 1 / int(count))
+                values = x.detach().float()
+                mean.lerp_(values.mean((0, 2, 3)), share)
+                variance.lerp_(values.var((0, 2, 3), unbiased=False), share)
+        return F.batch_norm(x, mean, variance, self.weight, self.bias, eps=self.eps)
+
+
 class _Residual(nn.Module):
     """Two batch-normalised 3x3 convolutions around a skip; halves the size when `down`.
 
@@ -59,11 +81,11 @@ class _Residual(nn.Module):
         super().__init__()
         self.down = down
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
-        self.norm1 = nn.BatchNorm2d(out_channels)
+        self.norm1 = RunningNorm(out_channels, momentum=0.03)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(out_channels)
+        self.norm2 = RunningNorm(out_channels, momentum=0.03)
         self.skip = nn.Conv2d(in_channels, out_channels, 1, bias=False)
-        self.norm3 = nn.BatchNorm2d(out_channels)
+        self.norm3 = RunningNorm(out_channels, momentum=0.03)
         for norm in (self.norm2, self.norm3):  # two branches of half the power each
             nn.init.constant_(norm.weight, math.sqrt(0.5))
 
@@ -75,12 +97,13 @@ class _Residual(nn.Module):
 
 
 class Whiten(nn.Module):
-    """h [B, D] -> (h - mean) (C + ridge)^(-1/2): zero mean, and no two dimensions alike (ZCA).
+    """h [B, D] -> (h - mean) (C + ridge)^(-1/2): zero mean, and at first no two dimensions alike.
 
-    Per-dimension normalisation is not enough: training then fills the 512 dimensions with copies of
-    the three or four things that matter most, and the link carries four numbers. Statistics are
-    running ones, in training too: those of a batch would tie a face's code to the faces beside it.
-    No gradient flows through them.
+    Per-dimension normalisation alone starts from 512 copies of the three or four things that vary
+    most, and keeps them. So the covariance C is measured over the first `settle_steps` training
+    batches and the matrix then stands: a generator cannot learn from a code that keeps turning.
+    Statistics are running ones, since those of a batch would tie a face's code to the faces beside
+    it. No gradient flows through them.
     """
 
     mean: Tensor
@@ -88,12 +111,14 @@ class Whiten(nn.Module):
     root: Tensor
     count: Tensor
 
-    def __init__(self, width: int, momentum: float = 0.01, ridge: float = 0.3) -> None:
-        """ridge: relative to the mean variance; directions far below it are not raised to full power,
-        so what the encoder has not learned to use stays quiet.
+    def __init__(
+        self, width: int, momentum: float = 0.005, ridge: float = 0.3, settle_steps: int = 400
+    ) -> None:
+        """ridge: relative to the mean variance; directions far below it are not raised to full
+        power, so what the encoder has not learned to use stays quiet.
         """
         super().__init__()
-        self.momentum, self.ridge, self.refresh_every = momentum, ridge, 20
+        self.momentum, self.ridge, self.settle_steps = momentum, ridge, settle_steps
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("covariance", torch.eye(width))
         self.register_buffer("root", torch.eye(width))
@@ -108,23 +133,15 @@ class Whiten(nn.Module):
 
     def _follow(self, h: Tensor) -> None:
         self.count += 1
-        share = max(self.momentum, 1 / int(self.count))
-        self.mean.lerp_(h.mean(0), share)
-        centred = h - self.mean
-        self.covariance.lerp_(centred.t() @ centred / len(h), share)
-        if int(self.count) % self.refresh_every == 0:
-            self.refresh()
+        count = int(self.count)
+        self.mean.lerp_(h.mean(0), max(self.momentum, 1 / count))
+        if count <= self.settle_steps:
+            centred = h - self.mean
+            self.covariance.lerp_(centred.t() @ centred / len(h), 1 / count)
+            if count % 20 == 0:
+                self._refresh()
 
-    @torch.no_grad()
-    def settle(self, h: Tensor) -> None:
-        """Take mean and covariance from h [N, D] instead of following batches."""
-        self.mean.copy_(h.mean(0))
-        self.covariance.copy_(torch.cov(h.t(), correction=0))
-        self.refresh()
-
-    @torch.no_grad()
-    def refresh(self) -> None:
-        """root = (C + ridge * mean variance)^(-1/2)."""
+    def _refresh(self) -> None:
         level = self.covariance.diagonal().mean()
         values, vectors = torch.linalg.eigh(self.covariance)
         raised = values.clamp(min=0) + self.ridge * level
