@@ -206,6 +206,9 @@ def _change(edit: Edit, rng: Random) -> str:
     if exact and rng.random() < (0.12 if edit.value == 3 else 0.2):
         return tidy(expand(rng.choice(exact), slots, rng))
     if way == "more" and edit.value == 3 and attribute is not Attribute.AGE and rng.random() < 0.3:
+        if rng.random() < 0.25:
+            slots |= {"D": words["does"], "DG": words["doing"]}
+            return tidy(expand(rng.choice(split(grammar["targets"]["does"])), slots, rng))
         slots |= _slots(attribute, rng, "whole")
         return tidy(expand(rng.choice(split(phrases("phrases")["any"]["add"])), slots, rng))
     if edit.value == 3 and words["person"] and rng.random() < 0.06:  # "Older."
@@ -303,6 +306,9 @@ def _target(edit: Edit, rng: Random) -> str:
     degree = str(edit.target)
     slots = _slots(edit.attribute, rng)
     if edit.target == 0 and edit.attribute is not Attribute.AGE and rng.random() < 0.45:
+        if rng.random() < 0.25:
+            slots |= {"D": words["does"], "DG": words["doing"]}
+            return tidy(expand(rng.choice(split(grammar["never"])), slots, rng))
         slots = _slots(edit.attribute, rng, "worn" if "worn" in words else "whole")
         return tidy(expand(rng.choice(split(phrases("phrases")["any"]["remove"])), slots, rng))
     if edit.attribute is Attribute.AGE and rng.random() < 0.25:
