@@ -311,7 +311,7 @@ def _target(edit: Edit, rng: Random) -> str:
             return tidy(expand(rng.choice(split(grammar["never"])), slots, rng))
         slots = _slots(edit.attribute, rng, "worn" if "worn" in words else "whole")
         return tidy(expand(rng.choice(split(phrases("phrases")["any"]["remove"])), slots, rng))
-    if edit.attribute is Attribute.AGE and rng.random() < 0.25:
+    if edit.attribute is Attribute.AGE and rng.random() < 0.33:
         slots["n"] = _years_old(edit.target or 0, rng)
         return tidy(expand(rng.choice(split(grammar["at_age"])), slots, rng))
     families = [("says", None, 0.3), ("things", "have", 0.5), ("is", "be", 0.45)]
