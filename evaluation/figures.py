@@ -32,7 +32,7 @@ SENTENCES = (
 )
 
 
-def sampled_face(generator: Generator, seed: int, truncation: float = 0.8) -> Tensor:
+def sampled_face(generator: Generator, seed: int, truncation: float = 1.0) -> Tensor:
     """The face [1, 3, S, S] of seed `seed`; truncation < 1 keeps to the middle of the faces."""
     draws = torch.Generator().manual_seed(seed)
     z = torch.randn(1, generator.config.z_dim, generator=draws)

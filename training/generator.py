@@ -50,12 +50,12 @@ class Recipe:
     channels: tuple[int, ...] = (256, 256, 256, 192, 96, 48)
     encoder_channels: tuple[int, ...] = (64, 128, 192, 256, 384)
     discriminator_channels: tuple[int, ...] = (256, 256, 192, 128, 64, 32)
-    rate: float = 8e-4
-    rate_falls_after: int = 10_000  # then as 1 / sqrt(images)
+    rate: float = 4e-4
+    rate_falls_after: int = 16_000  # then as 1 / sqrt(images)
     warmup: int = 1_600
     mse: float = 4.0
     perceptual: float = 0.3
-    identity: float = 1.0
+    identity: float = 3.0
     identity_from: int = 4_000
     energy: float = 0.05
     adversary: float = 0.03
@@ -217,13 +217,12 @@ class Nets:
         encoder: InversionEncoder = deepcopy(self.smooth_encoder)
         encoder.train()
         for module in encoder.modules():
-            if isinstance(module, nn.BatchNorm2d):
+            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
                 module.reset_running_stats()
                 module.momentum = None  # a plain mean over the batches
         for index in torch.arange(min(count, len(faces))).split(128):
-            encoder.raw(faces.batch(index).to(self.device))
+            encoder(faces.batch(index).to(self.device))
         encoder.eval()
-        encoder.whiten.load_state_dict(self.encoder.whiten.state_dict())
         return encoder
 
     def write(self, folder: Path, encoder: InversionEncoder, run: Run) -> None:
@@ -246,12 +245,14 @@ def rate_groups(generator: Generator, encoder: InversionEncoder) -> list[dict[st
     512 times as far. Demodulated and batch-normalised convolutions do not mind; styles, RGB,
     the mapping network and the encoder's head do.
     """
-    scales: dict[float, list[nn.Parameter]] = {1.0: [], 0.3: [], 0.03: []}
+    scales: dict[float, list[nn.Parameter]] = {1.0: [], 0.3: [], 0.1: [], 0.03: []}
     for name, parameter in generator.named_parameters():
         if name.startswith("mapping"):
             scales[0.03].append(parameter)
+        elif "style" in name:
+            scales[0.1].append(parameter)
         else:
-            scales[0.3 if "to_rgb" in name or "style" in name else 1.0].append(parameter)
+            scales[0.3 if "to_rgb" in name else 1.0].append(parameter)
     for name, parameter in encoder.named_parameters():
         scales[0.3 if name.startswith("head") else 1.0].append(parameter)
     return [{"params": parameters, "scale": scale} for scale, parameters in scales.items()]

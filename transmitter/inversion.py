@@ -48,28 +48,6 @@ class InversionConfig:
         return asdict(self)
 
 
-class RunningNorm(nn.BatchNorm2d):
-    """Batch normalisation by running statistics, in training too.
-
-    In a batch of eight, one face before a white wall sets the scale that it is divided by: a
-    compression which is not there when a face comes alone. Slow statistics are the same for both.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        mean, variance, count = self.running_mean, self.running_var, self.num_batches_tracked
-        assert mean is not None
-        assert variance is not None
-        assert count is not None
-        if self.training:
-            with torch.no_grad():
-                count += 1
-                share = max(self.momentum or 0.0, 1 / int(count))
-                values = x.detach().float()
-                mean.lerp_(values.mean((0, 2, 3)), share)
-                variance.lerp_(values.var((0, 2, 3), unbiased=False), share)
-        return F.batch_norm(x, mean, variance, self.weight, self.bias, eps=self.eps)
-
-
 class _Residual(nn.Module):
     """Two batch-normalised 3x3 convolutions around a skip; halves the size when `down`.
 
@@ -81,11 +59,11 @@ class _Residual(nn.Module):
         super().__init__()
         self.down = down
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
-        self.norm1 = RunningNorm(out_channels, momentum=0.03)
+        self.norm1 = nn.BatchNorm2d(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
-        self.norm2 = RunningNorm(out_channels, momentum=0.03)
+        self.norm2 = nn.BatchNorm2d(out_channels)
         self.skip = nn.Conv2d(in_channels, out_channels, 1, bias=False)
-        self.norm3 = RunningNorm(out_channels, momentum=0.03)
+        self.norm3 = nn.BatchNorm2d(out_channels)
         for norm in (self.norm2, self.norm3):  # two branches of half the power each
             nn.init.constant_(norm.weight, math.sqrt(0.5))
 
@@ -96,56 +74,25 @@ class _Residual(nn.Module):
         return F.leaky_relu(self.norm3(self.skip(x)) + self.norm2(self.conv2(y)), 0.2)
 
 
-class Whiten(nn.Module):
-    """h [B, D] -> (h - mean) (C + ridge)^(-1/2): zero mean, and at first no two dimensions alike.
+class _Whiten(nn.BatchNorm1d):
+    """Zero mean and unit variance per dimension by *running* statistics, in training too.
 
-    Per-dimension normalisation alone starts from 512 copies of the three or four things that vary
-    most, and keeps them. So the covariance C is measured over the first `settle_steps` training
-    batches and the matrix then stands: a generator cannot learn from a code that keeps turning.
-    Statistics are running ones, since those of a batch would tie a face's code to the faces beside
-    it. No gradient flows through them.
+    Statistics of the batch itself would tie a face's code to the seven faces beside it, which is
+    as much noise as a 9 dB channel.
     """
 
-    mean: Tensor
-    covariance: Tensor
-    root: Tensor
-    count: Tensor
-
-    def __init__(
-        self, width: int, momentum: float = 0.005, ridge: float = 0.3, settle_steps: int = 400
-    ) -> None:
-        """ridge: relative to the mean variance; directions far below it are not raised to full
-        power, so what the encoder has not learned to use stays quiet.
-        """
-        super().__init__()
-        self.momentum, self.ridge, self.settle_steps = momentum, ridge, settle_steps
-        self.register_buffer("mean", torch.zeros(width))
-        self.register_buffer("covariance", torch.eye(width))
-        self.register_buffer("root", torch.eye(width))
-        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
-
-    def forward(self, h: Tensor) -> Tensor:
-        with torch.autocast(h.device.type, enabled=False):  # bf16 is too coarse for small variances
-            if self.training:
-                with torch.no_grad():
-                    self._follow(h)
-            return (h - self.mean) @ self.root
-
-    def _follow(self, h: Tensor) -> None:
-        self.count += 1
-        count = int(self.count)
-        self.mean.lerp_(h.mean(0), max(self.momentum, 1 / count))
-        if count <= self.settle_steps:
-            centred = h - self.mean
-            self.covariance.lerp_(centred.t() @ centred / len(h), 1 / count)
-            if count % 20 == 0:
-                self._refresh()
-
-    def _refresh(self) -> None:
-        level = self.covariance.diagonal().mean()
-        values, vectors = torch.linalg.eigh(self.covariance)
-        raised = values.clamp(min=0) + self.ridge * level
-        self.root.copy_((vectors * raised.rsqrt()) @ vectors.t())
+    def forward(self, x: Tensor) -> Tensor:
+        mean, variance, count = self.running_mean, self.running_var, self.num_batches_tracked
+        assert mean is not None
+        assert variance is not None
+        assert count is not None
+        if self.training:
+            with torch.no_grad():
+                count += 1
+                share = max(self.momentum or 0.0, 1 / int(count))
+                mean.lerp_(x.mean(0), share)
+                variance.lerp_((x - mean).square().mean(0), share)
+        return (x - mean) * (variance + self.eps).rsqrt()
 
 
 class InversionEncoder(nn.Module):
@@ -166,7 +113,7 @@ class InversionEncoder(nn.Module):
         blocks.append(_Residual(channels[-1], channels[-1], down=False))
         self.blocks = nn.Sequential(*blocks)
         self.head = nn.Linear(channels[-1] * 16, config.w_dim)
-        self.whiten = Whiten(config.w_dim)
+        self.whiten = _Whiten(config.w_dim, affine=False, momentum=0.03)
 
     @classmethod
     def from_bundle(cls, bundle: Bundle) -> "InversionEncoder":
@@ -181,14 +128,9 @@ class InversionEncoder(nn.Module):
             raise InvalidRequest(
                 f"got pictures of shape {tuple(image.shape)}, expected [B, 3, {size}, {size}]"
             )
-        return to_sphere(self.whiten(self.raw(image)))  # [B, w_dim]
-
-    def raw(self, image: Tensor) -> Tensor:
-        """What is whitened: [B, w_dim], of any mean and covariance."""
         x = F.pixel_unshuffle(image, 2).contiguous(memory_format=torch.channels_last)
         x = self.blocks(F.leaky_relu(self.stem(x), 0.2))  # [B, C, 4, 4]
-        raw: Tensor = self.head(x.flatten(1)).float()
-        return raw
+        return to_sphere(self.whiten(self.head(x.flatten(1)).float()))  # [B, w_dim]
 
 
 def invert(
