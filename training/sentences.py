@@ -211,6 +211,10 @@ def _change(edit: Edit, rng: Random) -> str:
             return tidy(expand(rng.choice(split(grammar["targets"]["does"])), slots, rng))
         slots |= _slots(attribute, rng, "whole")
         return tidy(expand(rng.choice(split(phrases("phrases")["any"]["add"])), slots, rng))
+    plain = words.get(f"plain_{way}")
+    if edit.value == 3 and plain is not None and rng.random() < 0.12:
+        slots["A"] = plain
+        return tidy(expand(rng.choice(split(grammar["steps"]["plain"])), slots, rng))
     if edit.value == 3 and words["person"] and rng.random() < 0.06:  # "Older."
         return rng.choice(split(words.get(f"him_{way}", words[way])))
     if edit.value == 5 and rng.random() < (0.25 if way == "more" else 0.1):

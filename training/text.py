@@ -35,6 +35,7 @@ from transmitter.text import (
 )
 
 NAME = "text"
+DEMANDED = {"direction": 0.98, "refused": 0.95}  # shares of right answers, see `score`
 
 
 @dataclass(frozen=True)
@@ -268,15 +269,15 @@ def calibrate(
 ) -> tuple[TextConfig, dict[str, float]]:
     """The configuration with the best threshold on `development`, and the scores there.
 
-    Best: the middle of those with the most sentences right in scope and refused out of it.
+    Best: the middle of those whose worse share, measured by what is demanded of it, is best.
     """
     probabilities = predict(encoder, development)
     thresholds = [0.02 * i for i in range(5, 46)]
-    totals = []
+    worse = []
     for threshold in thresholds:
         scores = score(read_all(probabilities, threshold), development)
-        totals.append(round(scores["direction"] + scores["refused"], 6))
-    best = [t for t, total in zip(thresholds, totals, strict=True) if total == max(totals)]
+        worse.append(round(min(scores[name] / share for name, share in DEMANDED.items()), 6))
+    best = [t for t, value in zip(thresholds, worse, strict=True) if value == max(worse)]
     threshold = round(best[len(best) // 2], 2)
     scores = score(read_all(probabilities, threshold), development)
     return replace(encoder.config, threshold=threshold), {**scores, "threshold": threshold}
