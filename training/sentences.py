@@ -254,7 +254,10 @@ def _exact(attribute: Attribute) -> dict[int, tuple[str, ...]]:
         amount = "(" + "|".join(split(spans)) + ")"
         for sign, name in ((1, "years_more"), (-1, "years_less")):
             patterns = split(words[name])
-            found[sign * int(size)] = tuple(p.replace("{Y}", amount) for p in patterns)
+            years = tuple(p.replace("{Y}", amount) for p in patterns)
+            worded = found.get(sign * int(size), ())
+            # Half of the draws from either list, whatever their lengths.
+            found[sign * int(size)] = years + worded * max(1, len(years) // max(1, len(worded)))
     return found
 
 
