@@ -42,7 +42,7 @@ DEMANDED = {"direction": 0.98, "refused": 0.95}  # shares of right answers, see 
 class Recipe:
     """What the run does; the defaults are the shipped net's."""
 
-    steps: int = 5000
+    steps: int = 8000
     batch: int = 128
     chunk: int = 16  # batches drawn at once and sorted by length, so that padding is short
     rate: float = 3e-3
