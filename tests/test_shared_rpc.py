@@ -312,6 +312,7 @@ def test_health_lifecycle() -> None:
             wait_until_serving(settings, "channel", 0.2)
 
         watch = health.Watch(health_pb2.HealthCheckRequest(service="edsc.v1.Channel"), timeout=20)
+        seen.append(next(watch).status)  # before the server is ready, or the watch may miss it
 
         def look() -> None:
             with suppress(grpc.RpcError):  # the server stops
