@@ -312,7 +312,6 @@ def test_health_lifecycle() -> None:
             wait_until_serving(settings, "channel", 0.2)
 
         watch = health.Watch(health_pb2.HealthCheckRequest(service="edsc.v1.Channel"), timeout=20)
-        seen.append(next(watch).status)  # before the server is ready, or the watch may miss it
 
         def look() -> None:
             with suppress(grpc.RpcError):  # the server stops
@@ -320,6 +319,9 @@ def test_health_lifecycle() -> None:
 
         watcher = threading.Thread(target=look)
         watcher.start()
+        deadline = time.monotonic() + 5  # the first report, or the watch may miss it
+        while not seen and time.monotonic() < deadline:
+            time.sleep(0.01)
         server.ready()
         wait_until_serving(settings, "channel", 5)
 
