@@ -78,6 +78,7 @@ FULL_NAMES: Final[dict[GrpcService, str]] = {
 P = TypeVar("P")
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+_WATCHERS: Final = 64  # health watches at once; more of them wait, Check does not
 # Handler threads beyond the queue: health checks and descriptions never wait for inference.
 _SPARE_THREADS = 8
 
@@ -107,8 +108,12 @@ class Server:
                 ("grpc.keepalive_permit_without_calls", 1),
             ],
         )
+        # Watches queue their reports and wait on threads of their own. The non-blocking mode sends
+        # them under the servicer's lock, which the serving thread wants when a watcher hangs up:
+        # a client that leaves while the server drains would then stop it for good.
         self._health = health.HealthServicer(
-            experimental_non_blocking=True, experimental_thread_pool=ThreadPoolExecutor(1)
+            experimental_non_blocking=False,
+            experimental_thread_pool=ThreadPoolExecutor(_WATCHERS, "health-watch"),
         )
         self._health.set("", _NOT_SERVING)
         self._health.set(FULL_NAMES[service], _NOT_SERVING)

@@ -293,7 +293,6 @@ def test_many_callers_one_at_a_time(served: tuple[Probe, Any, Settings]) -> None
 # --------------------------------------------------------------------------- health, streams
 
 
-@pytest.mark.slow  # hangs about once in six where sync and aio channels share a process
 def test_health_lifecycle() -> None:
     server = Server(Settings(channel_port=0), "channel")
     probe = Probe(server)
