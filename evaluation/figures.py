@@ -32,12 +32,12 @@ SENTENCES = (
 )
 
 
-def sampled_face(generator: Generator, seed: int, truncation: float = 1.0) -> Tensor:
-    """The face [1, 3, S, S] of seed `seed`; truncation < 1 keeps to the middle of the faces."""
+def sampled_face(generator: Generator, seed: int) -> Tensor:
+    """The face [1, 3, S, S] of seed `seed`."""
     draws = torch.Generator().manual_seed(seed)
     z = torch.randn(1, generator.config.z_dim, generator=draws)
     with torch.no_grad():
-        image: Tensor = generator.synthesis(truncation * generator.mapping(z))
+        image: Tensor = generator(z)
     return image.clamp(-1, 1)
 
 

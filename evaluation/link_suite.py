@@ -29,10 +29,10 @@ from shared.errors import InstructionRefused, InvalidRequest
 from shared.images import decode_photo
 from training.run import default_data
 from training.teachers import FaceIdentity
-from transmitter.editing import match
+from transmitter.editing import Quality, match
 from transmitter.faces import align
 from transmitter.inversion import invert
-from transmitter.pipeline import INVERSION_STEPS, Quality, Transmitter
+from transmitter.pipeline import INVERSION_STEPS, Transmitter
 from transmitter.text import Reading, TextReader
 
 SENTENCES = Path(__file__).parents[1] / "tests" / "sentences"

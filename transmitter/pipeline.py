@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,13 +23,12 @@ from shared.bundle import Bundle
 from shared.errors import Cancelled, InvalidRequest, NoFaceFound
 from shared.images import decode_photo, to_float
 from shared.stylegan2 import Generator
-from transmitter.editing import Fields, match
+from transmitter.editing import Fields, Quality, match
 from transmitter.faces import FaceFinder, align
 from transmitter.inversion import InversionEncoder, invert
 from transmitter.predictor import Predictor
 from transmitter.text import Reading, TextReader
 
-Quality = Literal["fast", "balanced", "paper"]
 INVERSION_STEPS: dict[Quality, int] = {"fast": 0, "balanced": 10, "paper": 110}
 SMALLEST_ALIGNED = 16  # px: below, a square shows no face
 NO_EDIT = "-"  # the sentence that sends a photograph as it is

@@ -18,7 +18,8 @@ from shared.settings import MIB, Settings
 from shared.symbols import check_snr_db
 from shared.wire import edit_to_wire, frame_to_wire, model_to_wire
 from shared.worker import Worker
-from transmitter.pipeline import NO_EDIT, Quality, Transmission, Transmitter
+from transmitter.editing import Quality
+from transmitter.pipeline import NO_EDIT, Transmission, Transmitter
 
 DEFAULT_QUALITY: Final[Quality] = "balanced"
 
