@@ -9,13 +9,16 @@
                 toRGB       toRGB              toRGB       pictures are summed on the way up
                  `----up-----+------up----------+--> image [B, 3, S, S]
 
-Karras et al., "Analyzing and Improving the Image Quality of StyleGAN" (2020), with three choices
-that this link needs or that CPUs like:
+Karras et al., "Analyzing and Improving the Image Quality of StyleGAN" (2020), with choices that
+this link needs or that CPUs like:
 
 * w lies on the sphere |w| = sqrt(w_dim): the power constraint loses nothing, no scalar crosses;
 * weights are initialised with the gain that equalised learning rates would apply each time;
 * modulation scales the activations and demodulation the outputs (Eqs. 1 to 3 of that paper: the
-  same numbers as scaling the weights, without one set of weights per sample).
+  same numbers as scaling the weights, without one set of weights per sample);
+* with `draft_size`, a linear draft of the picture (`Draft`) joins the sum at that resolution and is
+  shown to the layers up to it. A constant and styles alone have to learn where in the picture
+  things are; a draft starts where principal components end. Without it: StyleGAN2 as published.
 """
 
 import math
@@ -45,6 +48,7 @@ class GeneratorConfig:
     """Sizes of a generator.
 
     image_size: 32 ... 1024, a power of two. channels: one number per resolution from 4 px on.
+    draft_size: resolution of the linear draft, a power of two of 4 ... image_size; 0: none.
     """
 
     image_size: int = 128
@@ -53,6 +57,7 @@ class GeneratorConfig:
     mapping_layers: int = 8
     channels: tuple[int, ...] = (256, 256, 256, 192, 96, 48)
     synthesis_noise: bool = False
+    draft_size: int = 0
 
     def __post_init__(self) -> None:
         size = self.image_size
@@ -62,6 +67,11 @@ class GeneratorConfig:
             raise InvalidRequest(
                 f"got {len(self.channels)} channel counts for {size} px, "
                 f"expected {size.bit_length() - 2} (4 px, 8 px, ...)"
+            )
+        draft = self.draft_size
+        if draft and (draft < 4 or draft > size or draft & (draft - 1)):
+            raise InvalidRequest(
+                f"got draft_size {draft}, expected 0 or a power of two in 4..{size}"
             )
 
     @classmethod
@@ -186,6 +196,31 @@ class ToRGB(nn.Module):
         return rgb
 
 
+class Draft(nn.Module):
+    """w [B, D] -> a picture [B, 3, R, R] that is linear in the first D - 1 numbers of w.
+
+        draft = mean + sum_i basis_i w_i exp(spread w_D)
+
+    basis: how the picture moves with each number; at the start of the training, principal
+    components times their standard deviations. The last number restores the length that the sphere
+    takes from the others: the logarithm of their norm, in standard deviations (`spread`).
+    """
+
+    spread: Tensor
+
+    def __init__(self, size: int, w_dim: int) -> None:
+        super().__init__()
+        self.size = size
+        self.mean = nn.Parameter(torch.zeros(3, size, size))
+        self.basis = nn.Parameter(torch.randn(w_dim - 1, 3, size, size) / math.sqrt(8 * w_dim))
+        self.register_buffer("spread", torch.tensor(0.2))
+
+    def forward(self, w: Tensor) -> Tensor:
+        scaled = w[:, :-1] * torch.exp(self.spread * w[:, -1:].clamp(-4, 4))  # [B, D - 1]
+        flat = torch.addmm(self.mean.flatten(), scaled, self.basis.flatten(1))
+        return flat.reshape(-1, 3, self.size, self.size)
+
+
 class Synthesis(nn.Module):
     """w [B, w_dim], or one per layer ws [B, num_ws, w_dim] -> image [B, 3, S, S], about [-1, 1]."""
 
@@ -201,6 +236,22 @@ class Synthesis(nn.Module):
             self.layers.append(StyledLayer(above, here, size, True, config))
             self.layers.append(StyledLayer(here, here, size, False, config))
             self.to_rgb.append(ToRGB(here, config.w_dim))
+        self.draft: Draft | None = None
+        self.draft_level = config.draft_size.bit_length() - 3  # 0 is 4 px
+        if config.draft_size:
+            self.draft = Draft(config.draft_size, config.w_dim)
+            self.see_draft = nn.ModuleList(
+                nn.Conv2d(3, width, 3, padding=1) for width in channels[: self.draft_level + 1]
+            )
+            for layer in self.to_rgb:  # the picture is the draft until the layers know better
+                assert isinstance(layer, ToRGB)
+                nn.init.zeros_(layer.conv.weight)
+
+    def _shown(self, level: int, draft: Tensor, x: Tensor) -> Tensor:
+        """Add what the features [B, C, H, W] of this level are shown of the draft."""
+        reduced = F.avg_pool2d(draft, draft.shape[-1] // x.shape[-1])
+        seen: Tensor = self.see_draft[level](reduced.contiguous(memory_format=torch.channels_last))
+        return x + seen.to(x.dtype)
 
     def forward(self, w: Tensor) -> Tensor:
         if w.dim() == 2:
@@ -210,12 +261,23 @@ class Synthesis(nn.Module):
                 f"got w of shape {tuple(w.shape)}, expected [B, D] or [B, {self.num_ws}, D]"
             )
         x = self.constant.expand(len(w), -1, -1, -1).contiguous(memory_format=torch.channels_last)
+        draft: Tensor | None = None
+        if self.draft is not None:
+            with torch.autocast(w.device.type, enabled=False):  # 8 bits would be seen in a sky
+                draft = self.draft(w[:, 2 * self.draft_level + 1].float())
+            x = self._shown(0, draft, x)
         x = self.layers[0](x, w[:, 0])
         rgb: Tensor = self.to_rgb[0](x, w[:, 1])
+        if draft is not None and self.draft_level == 0:
+            rgb = rgb + draft
         for level in range(1, len(self.to_rgb)):
             x = self.layers[2 * level - 1](x, w[:, 2 * level - 1])
+            if draft is not None and level <= self.draft_level:
+                x = self._shown(level, draft, x)
             x = self.layers[2 * level](x, w[:, 2 * level])
             rgb = _double(rgb) + self.to_rgb[level](x, w[:, 2 * level + 1])
+            if draft is not None and level == self.draft_level:
+                rgb = rgb + draft
         return rgb
 
 

@@ -122,6 +122,37 @@ def test_gradients_reach_every_weight() -> None:
         assert bool((parameter.grad != 0).any()), name
 
 
+@pytest.mark.parametrize("draft_size", [4, 16, 32])
+def test_a_new_generator_draws_its_draft(draft_size: int) -> None:
+    """The layers add nothing until they have learned to: what is drawn is linear in w."""
+    generator = small(32, draft_size=draft_size)
+    draft = generator.synthesis.draft
+    assert draft is not None
+    w = to_sphere(torch.randn(3, 16))
+    expected = draft.mean + torch.einsum(
+        "bd,dchw->bchw", w[:, :-1] * torch.exp(draft.spread * w[:, -1:]), draft.basis
+    )
+    while expected.shape[-1] < 32:
+        expected = _double(expected)
+    torch.testing.assert_close(generator.synthesis(w), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_layers_see_the_draft_and_learn() -> None:
+    generator = small(32, draft_size=16)
+    for layer in generator.synthesis.to_rgb:
+        torch.nn.init.normal_(layer.conv.weight)  # type: ignore[union-attr, arg-type]
+    generator(torch.randn(4, 16)).square().mean().backward()
+    for name, parameter in generator.named_parameters():
+        assert parameter.grad is not None, name
+        assert bool((parameter.grad != 0).any()), name
+
+
+@pytest.mark.parametrize("draft_size", [2, 24, 64])
+def test_odd_draft_sizes_are_refused_with_the_number(draft_size: int) -> None:
+    with pytest.raises(InvalidRequest, match=rf"draft_size {draft_size}.*4\.\.32"):
+        GeneratorConfig(32, channels=(8,) * 4, draft_size=draft_size)
+
+
 def test_discriminator_gives_one_number_a_picture_and_twice_differentiable() -> None:
     torch.manual_seed(4)
     discriminator = Discriminator(32, (8, 8, 8, 8))

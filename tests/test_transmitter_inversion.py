@@ -9,7 +9,7 @@ import torch
 from shared.bundle import Bundle
 from shared.errors import Cancelled, InvalidRequest
 from shared.stylegan2 import Generator
-from transmitter.inversion import InversionConfig, InversionEncoder, invert
+from transmitter.inversion import InversionConfig, InversionEncoder, Projection, invert
 from transmitter.predictor import Predictor
 
 Nets = tuple[InversionEncoder, Generator, Predictor]
@@ -86,3 +86,26 @@ def test_pictures_of_another_size_are_refused_with_both_shapes(nets: Nets) -> No
 def test_channel_counts_must_fit_the_size() -> None:
     with pytest.raises(InvalidRequest, match=r"got 2 .* expected 5"):
         InversionConfig(image_size=128, channels=(8, 8))
+
+
+def test_a_projection_keeps_the_length_that_the_sphere_takes() -> None:
+    """exp(level + spread w_D) times the direction gives the coordinates back, within 1 %."""
+    projection = Projection(8, 512)
+    projection.spread.fill_(0.2)
+    draws = torch.Generator().manual_seed(0)
+    length = torch.exp(0.2 * torch.randn(64, 1, generator=draws))
+    coordinates = length * torch.randn(64, 511, generator=draws)
+    w = projection.to_latent(coordinates)
+    torch.testing.assert_close(w.norm(dim=1), torch.full((64,), math.sqrt(512)))
+    scale = torch.exp(projection.level + projection.spread * w[:, -1:]) / math.sqrt(512)
+    error = (w[:, :-1] * scale - coordinates).norm(dim=1) / coordinates.norm(dim=1)
+    assert float(error.max()) < 0.02
+
+
+def test_a_new_encoder_answers_the_projection_alone() -> None:
+    torch.manual_seed(1)
+    encoder = InversionEncoder(InversionConfig(32, (8, 8, 8), 16, draft_size=8)).eval()
+    assert encoder.projection is not None
+    image = torch.rand(2, 3, 32, 32) * 2 - 1
+    expected = encoder.projection.to_latent(encoder.projection(image))
+    torch.testing.assert_close(encoder(image), expected)

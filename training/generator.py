@@ -2,18 +2,23 @@
 
 ::
 
-    face --E--> w on the sphere --AWGN at a random SNR--> w_hat --G--> rendering
-      |                                                                  |
-      `------------- pixels, perceptual distance, identity --------------'
+    faces --principal components--> draft of G, projection of E        (once, at the start)
+
+    face --E--> w on the sphere --closed-form code, AWGN--> w_hat --G--> rendering
+      |                                                                     |
+      `-------------- pixels, perceptual distance, identity ----------------'
     z --mapping--> w --G--> sampled face ----> D <---- faces, renderings
 
-The noise between E and G makes the 512 numbers robust before any adapter is trained. It begins
-weak and widens. What G is given is the posterior mean w_hat = y / (1 + N0) of a unit-variance
-latent, so a bad channel reaches G as a short vector and G answers with the face it can be sure of.
+A start from principal components is worth days: 512 of them, weighted towards the pixels that a
+face recogniser looks at, already carry a face across the channel; the convolutions of both nets
+begin as corrections of nothing. What the channel does is known in closed form: component i gets
+the power p_i of water-filling and G is given the posterior mean p_i / (p_i + N0) of it, so a bad
+channel reaches G as a short vector with its fine components gone, and G learns to draw the face it
+can be sure of.
 
-Reconstruction and identity come first; the adversary joins after `adversary_from` images, when
-there is something to sharpen. The mapping network is kept on the distribution of encoded faces
-from the start (energy distance), so that drawing from z gives latents which G knows.
+The adversary joins after `adversary_from` images, when there is something to sharpen. The mapping
+network is kept on the distribution of encoded faces from the start (energy distance), so that
+drawing from z gives latents which G knows.
 """
 
 from copy import deepcopy
@@ -25,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shared.adapters import water_fill
 from shared.bundle import Bundle, write_net
 from shared.errors import BundleError
 from shared.stylegan2 import Discriminator, Generator, GeneratorConfig, default_channels
@@ -48,25 +54,26 @@ class Recipe:
     length: int = 2_000_000
     batch: int = 8
     channels: tuple[int, ...] = (256, 256, 256, 192, 96, 48)
-    encoder_channels: tuple[int, ...] = (64, 128, 192, 256, 384)
+    encoder_channels: tuple[int, ...] = (32, 64, 128, 192, 256)
     discriminator_channels: tuple[int, ...] = (256, 256, 192, 128, 64, 32)
+    draft_size: int = 64
+    pixel_weight_power: float = 0.5  # 0: plain principal components
     rate: float = 4e-4
     rate_falls_after: int = 16_000  # then as 1 / sqrt(images)
     warmup: int = 1_600
     mse: float = 4.0
     perceptual: float = 0.3
-    identity: float = 3.0
-    identity_from: int = 4_000
+    identity: float = 1.0
     energy: float = 0.05
+    sampled: int = 256  # latents drawn by the mapping network at every step
+    codes_kept: int = 1_024  # of faces seen last, to compare them with
     adversary: float = 0.03
-    adversary_from: int = 150_000
+    adversary_from: int = 40_000
     discriminator_rate: float = 1e-3
     r1_gamma: float = 0.1
     r1_every: int = 16
     snr_high_db: float = 24.0
-    snr_low_first_db: float = 14.0
     snr_low_db: float = -8.0
-    snr_widened_at: int = 80_000
     ema_images: int = 6_000
     validation_faces: int = 128
 
@@ -95,8 +102,10 @@ def train(options: RunOptions, recipe: Recipe | None = None) -> None:
         if state is not None:
             nets.load(state)
             order.load(state["order"])
-        elif not options.fresh:
-            run.images = nets.start_from_bundle(options.bundle)
+        else:
+            run.images = 0 if options.fresh else nets.start_from_bundle(options.bundle)
+            if run.images == 0:
+                nets.start_from_components(faces, judges, recipe)
 
         def checkpoint() -> None:
             run.save({**nets.state(), "order": order.state()})
@@ -143,13 +152,12 @@ class Nets:
     """Everything that learns, its optimisers and its running averages."""
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
-        config = GeneratorConfig(channels=recipe.channels)
+        config = GeneratorConfig(channels=recipe.channels, draft_size=recipe.draft_size)
         form = {"device": device, "memory_format": torch.channels_last}
         self.device = device
         self.generator = Generator(config).to(**form)  # type: ignore[call-overload]
-        self.encoder = InversionEncoder(InversionConfig(channels=recipe.encoder_channels)).to(
-            **form
-        )  # type: ignore[call-overload]
+        inversion = InversionConfig(channels=recipe.encoder_channels, draft_size=recipe.draft_size)
+        self.encoder = InversionEncoder(inversion).to(**form)  # type: ignore[call-overload]
         self.discriminator = Discriminator(config.image_size, recipe.discriminator_channels)
         self.discriminator.to(**form)  # type: ignore[call-overload]
         self.optimiser = torch.optim.AdamW(
@@ -160,6 +168,8 @@ class Nets:
         )
         self.smooth_generator = deepcopy(self.generator).eval().requires_grad_(False)
         self.smooth_encoder = deepcopy(self.encoder).eval().requires_grad_(False)
+        self.codes = torch.zeros(0, config.w_dim, device=device)  # of the faces seen last
+        self.spectrum = torch.ones(config.w_dim, device=device)
 
     def _parts(self) -> dict[str, nn.Module | torch.optim.Optimizer]:
         return {
@@ -173,19 +183,68 @@ class Nets:
         }
 
     def state(self) -> State:
-        return {key: part.state_dict() for key, part in self._parts().items()}
+        parts: State = {key: part.state_dict() for key, part in self._parts().items()}
+        return {**parts, "codes": self.codes, "spectrum": self.spectrum}
 
     def load(self, state: State) -> None:
         for key, part in self._parts().items():
             part.load_state_dict(state[key])
+        self.codes, self.spectrum = state["codes"], state["spectrum"]
+
+    @torch.no_grad()
+    def start_from_components(self, faces: FaceSet, judges: "Judges", recipe: Recipe) -> None:
+        """Give the generator's draft and the encoder's projection the faces' components."""
+        draft, projection = self.generator.synthesis.draft, self.encoder.projection
+        assert draft is not None
+        assert projection is not None
+        weight = pixel_weights(faces, judges, recipe)
+        found = principal_components(faces, weight, self.generator.config.w_dim - 1)
+        deviation, axes, mean = found.deviation, found.axes, found.mean
+        projection.mean.copy_(mean)
+        known = (deviation > 0)[:, None]
+        projection.analysis.copy_(
+            torch.where(known, axes * weight.flatten() / deviation.clamp_min(1e-9)[:, None], 0.0)
+        )
+        coordinates = torch.cat(
+            [
+                projection(faces.batch(index).to(self.device))
+                for index in torch.arange(min(len(faces), 4096)).split(256)
+            ]
+        )
+        norms = coordinates.norm(dim=1).log()
+        projection.level.copy_(norms.mean())
+        projection.spread.copy_(norms.std().clamp_min(0.05))
+        draft.spread.copy_(projection.spread)
+        draft.mean.copy_(mean.reshape(draft.mean.shape))
+        # Coordinates come with their norm exp(level + spread w_D), the sphere has sqrt(D).
+        scale = float(projection.level.exp()) / self.generator.config.w_dim**0.5
+        drawn = axes / weight.flatten() * deviation[:, None] * scale
+        draft.basis.copy_(drawn.reshape(draft.basis.shape))
+        for smooth, live in (
+            (self.smooth_generator, self.generator),
+            (self.smooth_encoder, self.encoder),
+        ):
+            smooth.load_state_dict(live.state_dict())
+        self.spectrum = draft_spectrum(self.generator, weight)
 
     def start_from_bundle(self, folder: Path) -> int:
-        """Go on from a shipped bundle where no run folder is left; the images seen, else 0."""
+        """Go on from a shipped bundle where no run folder is left; the images seen, else 0.
+
+        Also 0 where the bundle's nets have another shape than the recipe's: then it starts afresh.
+        """
         try:
             bundle = Bundle.open(folder)
         except BundleError:
             return 0
         if not (bundle.has("generator") and bundle.has("inversion")):
+            return 0
+        shapes = (self.generator.config, self.encoder.config)
+        there = (
+            GeneratorConfig.from_json(bundle.config("generator")),
+            InversionConfig.from_json(bundle.config("inversion")),
+        )
+        if shapes != there:
+            print(f"{folder} holds nets of another shape, {there}: starting afresh", flush=True)
             return 0
         self.generator.load_state_dict(bundle.tensors("generator"))
         self.encoder.load_state_dict(bundle.tensors("inversion"))
@@ -193,6 +252,7 @@ class Nets:
             self.discriminator.load_state_dict(bundle.tensors("discriminator"))
         self.smooth_generator.load_state_dict(self.generator.state_dict())
         self.smooth_encoder.load_state_dict(self.encoder.state_dict())
+        self.spectrum = draft_spectrum(self.generator, None)
         return int(bundle.provenance("generator")["images"])
 
     @torch.no_grad()
@@ -254,7 +314,7 @@ def rate_groups(generator: Generator, encoder: InversionEncoder) -> list[dict[st
         else:
             scales[0.3 if "to_rgb" in name else 1.0].append(parameter)
     for name, parameter in encoder.named_parameters():
-        scales[0.3 if name.startswith("head") else 1.0].append(parameter)
+        scales[0.03 if name.startswith("head") else 1.0].append(parameter)
     return [{"params": parameters, "scale": scale} for scale, parameters in scales.items()]
 
 
@@ -265,18 +325,96 @@ def learning_rate(recipe: Recipe, images: int) -> float:
     return recipe.rate * rise * fall
 
 
-def noisy(w: Tensor, snr_db: Tensor, draws: torch.Generator) -> Tensor:
-    """The posterior mean of w [B, D] after AWGN at snr_db [B]: (w + n) / (1 + N0)."""
-    noise_variance = snr_db_to_noise_variance(snr_db).to(w)[:, None]
+@dataclass(frozen=True)
+class Components:
+    """mean [3 R R] of the reduced pictures; axes [K, 3 R R], orthonormal after weighting;
+    deviation [K]: standard deviation along each, largest first, 0 where there were too few faces.
+    """
+
+    mean: Tensor
+    axes: Tensor
+    deviation: Tensor
+
+
+def pixel_weights(faces: FaceSet, judges: "Judges", recipe: Recipe, count: int = 256) -> Tensor:
+    """How much each pixel counts, [3, R, R], mean 1: where a recogniser's answer depends on it.
+
+    The mean squared gradient of 1 - cosine at softened faces, left-right symmetric, smoothed, to
+    the power `pixel_weight_power` of an energy (half of that for the amplitudes returned here).
+    """
+    size, device = recipe.draft_size, next(judges.squeeze.parameters(), torch.zeros(0)).device
+    energy = torch.zeros(1, 1, *faces.images.shape[2:], device=device)
+    chosen = torch.arange(0, len(faces), max(1, len(faces) // count))[:count]
+    for index in chosen.split(32):
+        image = faces.batch(index).to(device)
+        soft = F.interpolate(F.avg_pool2d(image, 4), scale_factor=4.0, mode="bicubic")
+        with torch.enable_grad():
+            soft.requires_grad_(True)
+            far = 1 - (judges.identity(soft) * judges.identity(image)).sum(1)
+            (slope,) = torch.autograd.grad(far.sum(), soft)
+        energy += slope.square().sum((0, 1), keepdim=True)
+    energy = energy + energy.flip(3)
+    smooth = F.avg_pool2d(F.pad(energy, (8,) * 4, mode="reflect"), 17, 1)
+    reduced = F.avg_pool2d(smooth, smooth.shape[-1] // size)[0]
+    relative = reduced / reduced.mean().clamp_min(1e-30) + 0.02
+    weight = relative.pow(recipe.pixel_weight_power / 2).expand(3, -1, -1)
+    return weight / weight.mean()
+
+
+@torch.no_grad()
+def principal_components(faces: FaceSet, weight: Tensor, count: int) -> Components:
+    """The `count` strongest components of the weighted, reduced faces and their mirror images."""
+    size = weight.shape[-1]
+    rows = []
+    for index in torch.arange(len(faces)).split(256):
+        small = F.avg_pool2d(faces.batch(index), faces.images.shape[-1] // size)
+        rows += [small, small.flip(3)]
+    data = torch.cat(rows).flatten(1).to(weight.device)
+    mean = data.mean(0)
+    data = data.sub_(mean).mul_(weight.flatten())
+    rank = min(count, *data.shape)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        _, singular, axes = torch.svd_lowrank(data, q=min(rank + 64, *data.shape), niter=2)
+    deviation = torch.zeros(count, device=data.device)
+    deviation[:rank] = singular[:rank] / len(data) ** 0.5
+    deviation[deviation < 1e-4 * deviation[0]] = 0.0
+    full = torch.zeros(count, data.shape[1], device=data.device)
+    full[:rank] = axes.t()[:rank]
+    return Components(mean, full, deviation)
+
+
+@torch.no_grad()
+def draft_spectrum(generator: Generator, weight: Tensor | None) -> Tensor:
+    """[D]: how much the weighted picture moves, squared, with each number of the latent."""
+    draft = generator.synthesis.draft
+    assert draft is not None
+    basis = draft.basis if weight is None else draft.basis * weight
+    energy = basis.flatten(1).square().sum(1)  # [D - 1]
+    length = draft.spread.square() * energy.sum()
+    spectrum = torch.cat([energy, length.reshape(1)])
+    return spectrum.clamp_min(1e-4 * float(spectrum.mean()))
+
+
+def noisy(w: Tensor, snr_db: Tensor, draws: torch.Generator, spectrum: Tensor) -> Tensor:
+    """The posterior mean of w [B, D] after the closed-form code and AWGN at snr_db [B].
+
+    Component i, of unit variance and worth `spectrum` [D], is sent with the power p_i of
+    water-filling: w_hat_i = sqrt(p_i) (sqrt(p_i) w_i + n_i) / (p_i + N0).
+    """
+    noise_variance = snr_db_to_noise_variance(snr_db).to(w)[:, None]  # [B, 1]
+    falling = spectrum.argsort(descending=True)
+    power = torch.empty_like(w)
+    power[:, falling] = water_fill(spectrum[falling], noise_variance[:, 0])
     noise = torch.randn(w.shape, generator=draws).to(w)
-    return (w + noise_variance.sqrt() * noise) / (1 + noise_variance)
+    received = power.sqrt() * w + noise_variance.sqrt() * noise
+    return power.sqrt() * received / (power + noise_variance)
 
 
-def draw_snr_db(recipe: Recipe, images: int, draws: torch.Generator) -> Tensor:
-    """[B] uniform SNRs; the lower end falls from high to low as training goes on."""
-    done = min(1.0, images / recipe.snr_widened_at)
-    low = recipe.snr_low_first_db + done * (recipe.snr_low_db - recipe.snr_low_first_db)
-    return low + (recipe.snr_high_db - low) * torch.rand(recipe.batch, generator=draws)
+def draw_snr_db(recipe: Recipe, draws: torch.Generator) -> Tensor:
+    """[B] uniform SNRs of the whole range."""
+    span = recipe.snr_high_db - recipe.snr_low_db
+    return recipe.snr_low_db + span * torch.rand(recipe.batch, generator=draws)
 
 
 def energy_distance(a: Tensor, b: Tensor) -> Tensor:
@@ -298,21 +436,25 @@ def reconstruct(
         features = judges.squeeze(real)
     with torch.autocast(real.device.type, torch.bfloat16):
         w = nets.encoder(real)  # [B, 512]
-        received = noisy(w, draw_snr_db(recipe, images, draws), draws)
+        received = noisy(w, draw_snr_db(recipe, draws), draws, nets.spectrum)
         rendering = nets.generator.synthesis(received)
         perceptual = judges.squeeze.distance(rendering, features).mean()
     mse = (rendering - real).square().mean()
     loss = recipe.mse * mse + recipe.perceptual * perceptual
     report = {"mse": mse, "perceptual": perceptual}
-    if images >= recipe.identity_from:
-        with torch.no_grad():
-            person = judges.identity(real)
-        cosine = (judges.identity(rendering) * person).sum(1).mean()
-        loss = loss + recipe.identity * (1 - cosine)
-        report["identity"] = cosine
-    z = torch.randn(4 * len(w), w.shape[1], generator=draws).to(w)
+    with torch.no_grad():
+        person = judges.identity(real)
+    cosine = (judges.identity(rendering) * person).sum(1).mean()
+    loss = loss + recipe.identity * (1 - cosine)
+    report["identity"] = cosine
+    nets.codes = torch.cat([nets.codes, w.detach()])[-recipe.codes_kept :]
+    z = torch.randn(recipe.sampled, w.shape[1], generator=draws).to(w)
     sampled = nets.generator.mapping(z)
-    distance = energy_distance(sampled, w.detach())
+    # In the picture's measure, where a few numbers decide, and in the latent's, where all do.
+    scale = (nets.spectrum / nets.spectrum.mean()).sqrt()
+    distance = energy_distance(sampled, nets.codes) + energy_distance(
+        sampled * scale, nets.codes * scale
+    )
     loss = loss + recipe.energy * distance
     report["energy"] = distance
     if images >= recipe.adversary_from:
@@ -382,7 +524,7 @@ def augment(images: Tensor, draws: torch.Generator) -> Tensor:
 class Validation:
     """The same faces and the same noise every time, so scores of two moments can be compared."""
 
-    SNRS_DB = (-6.0, 12.0, 18.0)
+    SNRS_DB = (-6.0, 6.0, 12.0, 18.0)
 
     def __init__(self, faces: FaceSet, judges: Judges) -> None:
         self.faces = faces.batch(torch.arange(len(faces)))
@@ -391,12 +533,13 @@ class Validation:
     def _renderings(
         self, encoder: InversionEncoder, generator: Generator, snr_db: float, count: int
     ) -> Tensor:
+        spectrum = draft_spectrum(generator, None)
         device = next(encoder.parameters()).device
         draws = torch.Generator().manual_seed(1)
         out = []
         for batch in self.faces[:count].split(32):
             snr = torch.full((len(batch),), snr_db)
-            out.append(generator.synthesis(noisy(encoder(batch.to(device)), snr, draws)))
+            out.append(generator.synthesis(noisy(encoder(batch.to(device)), snr, draws, spectrum)))
         return torch.cat(out).clamp(-1, 1)
 
     @torch.no_grad()

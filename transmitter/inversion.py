@@ -26,11 +26,16 @@ from transmitter.predictor import Predictor
 
 @dataclass(frozen=True)
 class InversionConfig:
-    """Sizes of the inversion encoder: channels at image_size / 2, / 4, ... down to 4 px."""
+    """Sizes of the inversion encoder: channels at image_size / 2, / 4, ... down to 4 px.
+
+    draft_size: resolution at which the picture is projected, as the generator's; 0: convolutions
+    alone, for a generator without a draft.
+    """
 
     image_size: int = 128
-    channels: tuple[int, ...] = (64, 128, 192, 256, 384)
+    channels: tuple[int, ...] = (32, 64, 128, 192, 256)
     w_dim: int = 512
+    draft_size: int = 0
 
     def __post_init__(self) -> None:
         expected = int(math.log2(self.image_size)) - 2
@@ -95,11 +100,45 @@ class _Whiten(nn.BatchNorm1d):
         return (x - mean) * (variance + self.eps).rsqrt()
 
 
-class InversionEncoder(nn.Module):
-    """image [B, 3, S, S] in [-1, 1] -> w [B, w_dim]: zero mean, unit variance, on the sphere.
+class Projection(nn.Module):
+    """image [B, 3, S, S] -> coordinates [B, D - 1] of unit variance: the inverse of a `Draft`.
 
-    The last normalisation has no learned scale or shift: a latent with a mean would spend transmit
-    power on something that both ends know.
+    mean [3 R R], analysis [D - 1, 3 R R], level and spread: mean and standard deviation of the
+    logarithm of a face's coordinates' norm. Set once from the training faces, never learned.
+    """
+
+    mean: Tensor
+    analysis: Tensor
+    level: Tensor
+    spread: Tensor
+
+    def __init__(self, size: int, w_dim: int) -> None:
+        super().__init__()
+        self.size = size
+        inputs = 3 * size * size
+        self.register_buffer("mean", torch.zeros(inputs))
+        self.register_buffer("analysis", torch.randn(w_dim - 1, inputs) / math.sqrt(inputs))
+        self.register_buffer("level", torch.tensor(0.5 * math.log(w_dim)))
+        self.register_buffer("spread", torch.tensor(0.2))
+
+    def forward(self, image: Tensor) -> Tensor:
+        reduced = F.avg_pool2d(image.float(), image.shape[-1] // self.size)
+        return (reduced.flatten(1) - self.mean) @ self.analysis.t()
+
+    def to_latent(self, coordinates: Tensor) -> Tensor:
+        """Coordinates [B, D - 1] -> w [B, D] on the sphere; the last number keeps their length."""
+        norm = coordinates.norm(dim=1, keepdim=True).clamp_min(1e-6)  # [B, 1]
+        length = ((norm.log() - self.level) / self.spread).clamp(-4, 4)
+        rest = (coordinates.shape[1] + 1 - length.square()).sqrt()
+        return torch.cat([coordinates * (rest / norm), length], 1)
+
+
+class InversionEncoder(nn.Module):
+    """image [B, 3, S, S] in [-1, 1] -> w [B, w_dim] on the sphere, about zero mean.
+
+    With a draft, the answer is the picture's projection plus what the convolutions correct of it;
+    their head starts at zero. Without, it is the whitened answer of the convolutions. Neither has
+    a learned shift: a latent with a mean would spend transmit power on something both ends know.
     """
 
     def __init__(self, config: InversionConfig) -> None:
@@ -112,8 +151,16 @@ class InversionEncoder(nn.Module):
             blocks.append(_Residual(above, here, down=True))
         blocks.append(_Residual(channels[-1], channels[-1], down=False))
         self.blocks = nn.Sequential(*blocks)
-        self.head = nn.Linear(channels[-1] * 16, config.w_dim)
-        self.whiten = _Whiten(config.w_dim, affine=False, momentum=0.03)
+        self.projection: Projection | None = None
+        self.whiten: _Whiten | None = None
+        if config.draft_size:
+            self.projection = Projection(config.draft_size, config.w_dim)
+            self.head = nn.Linear(channels[-1] * 16, config.w_dim - 1)
+            nn.init.zeros_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
+        else:
+            self.head = nn.Linear(channels[-1] * 16, config.w_dim)
+            self.whiten = _Whiten(config.w_dim, affine=False, momentum=0.03)
 
     @classmethod
     def from_bundle(cls, bundle: Bundle) -> "InversionEncoder":
@@ -130,7 +177,12 @@ class InversionEncoder(nn.Module):
             )
         x = F.pixel_unshuffle(image, 2).contiguous(memory_format=torch.channels_last)
         x = self.blocks(F.leaky_relu(self.stem(x), 0.2))  # [B, C, 4, 4]
-        return to_sphere(self.whiten(self.head(x.flatten(1)).float()))  # [B, w_dim]
+        answer = self.head(x.flatten(1)).float()
+        if self.projection is None:
+            assert self.whiten is not None
+            return to_sphere(self.whiten(answer))  # [B, w_dim]
+        with torch.autocast(image.device.type, enabled=False):
+            return self.projection.to_latent(self.projection(image) + answer)
 
 
 def invert(
