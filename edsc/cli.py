@@ -62,6 +62,7 @@ class RecipeName(StrEnum):
     GENERATOR = "generator"
     FIELDS = "fields"
     ADAPTERS = "adapters"
+    JUDGE = "judge"
     ALL = "all"
 
 

@@ -10,8 +10,8 @@ from shared.errors import InvalidRequest
 from training.run import RunOptions
 
 # What `all` trains, in order: the fields want the predictor, the generator and its inversion
-# encoder; the adapters want the generator.
-ORDER: Final = ("predictor", "faces", "text", "generator", "fields", "adapters")
+# encoder; the adapters want the generator. The judge only evaluates.
+ORDER: Final = ("predictor", "faces", "text", "generator", "fields", "adapters", "judge")
 
 
 def recipe(name: str) -> Callable[[RunOptions], None]:
@@ -41,6 +41,10 @@ def recipe(name: str) -> Callable[[RunOptions], None]:
             from training import adapters
 
             return adapters.train
+        case "judge":
+            from training import predictor
+
+            return predictor.train_judge
         case _:
             raise InvalidRequest(f"recipe is {name!r}; expected one of {', '.join(ORDER)}, all")
 

@@ -7,6 +7,7 @@ picture.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -111,7 +112,51 @@ def add_noise(image: Tensor, generator: torch.Generator, largest: float = 0.08) 
     return image + level * noise
 
 
+def erase(image: Tensor, generator: torch.Generator, largest: float) -> Tensor:
+    """Paint a grey rectangle into half of the pictures: sides up to `largest` of the picture's.
+
+    Whoever has to read a face with parts missing cannot rest on one spot of it.
+    """
+    n, height, width = len(image), *image.shape[-2:]
+    side = _uniform(2 * n, 0.3 * largest, largest, generator).view(2, n, 1)
+    corner = torch.rand(2, n, 1, generator=generator) * (1 - side)
+    rows = (torch.arange(height) + 0.5) / height  # [H]
+    columns = (torch.arange(width) + 0.5) / width  # [W]
+    in_rows = (rows >= corner[0]) & (rows < corner[0] + side[0])  # [B, H]
+    in_columns = (columns >= corner[1]) & (columns < corner[1] + side[1])  # [B, W]
+    hidden = in_rows[:, :, None] & in_columns[:, None] & _half(n, generator)[:, None, None]
+    return torch.where(hidden[:, None].to(image.device), torch.zeros((), device=image.device), image)
+
+
+def _half(n: int, generator: torch.Generator) -> Tensor:
+    return torch.rand(n, generator=generator) < 0.5  # [n]
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How strongly faces are varied: see the functions of the same names; `erased` 0 hides nothing.
+
+    Two judges that are to be independent differ in this, too.
+    """
+
+    shift: float = 0.06
+    turn_deg: float = 6.0
+    zoom: float = 0.08
+    colour: float = 1.0
+    noise: float = 0.08
+    erased: float = 0.0
+
+    def __call__(self, image: Tensor, generator: torch.Generator) -> Tensor:
+        """All of the above on [B,3,H,W] in [-1,1]; differentiable in the image."""
+        image = jitter_geometry(
+            image, generator, shift=self.shift, turn_deg=self.turn_deg, zoom=self.zoom
+        )
+        image = soften(jitter_colour(image, generator, self.colour), generator)
+        if self.erased > 0:
+            image = erase(image, generator, self.erased)
+        return add_noise(image, generator, self.noise)
+
+
 def augment(image: Tensor, generator: torch.Generator) -> Tensor:
-    """All of the above on [B,3,H,W] in [-1,1]; differentiable in the image."""
-    image = jitter_colour(jitter_geometry(image, generator), generator)
-    return add_noise(soften(image, generator), generator)
+    """`Augmentation` as the shipped predictor's recipe has it."""
+    return Augmentation()(image, generator)
