@@ -50,6 +50,8 @@ class Suite(StrEnum):
     """What `edsc evaluate` can measure."""
 
     LINK = "link"
+    BUNDLE = "bundle"
+    SHEETS = "sheets"
     BENCH = "bench"
 
 
@@ -283,25 +285,55 @@ def evaluate(
     suite: Annotated[Suite, typer.Option(help="what to measure")] = Suite.LINK,
     weights: Weights = None,
     data: Annotated[Path | None, typer.Option(help="folder laid out as ../shared/data")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="link: only so many photos")] = None,
-    output: Annotated[Path | None, typer.Option("--json", help="link: report as JSON")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="link, bundle: only so many photos")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--json", help="link, bundle: JSON report")] = None,
     write: Annotated[
-        bool, typer.Option("--write", help="link: scores and model card into the bundle")
+        bool, typer.Option("--write", help="link, bundle: scores and model card into the bundle")
     ] = False,
+    edited: Annotated[int, typer.Option(min=1, help="bundle: of them, faces to edit")] = 60,
+    samples: Annotated[int, typer.Option(min=2, help="bundle: sampled faces")] = 5000,
+    quality: Annotated[Quality, typer.Option(help="bundle: of inversion and edits")] = Quality.FAST,
+    part: Annotated[
+        list[str] | None, typer.Option(help="bundle: this part; again for more")
+    ] = None,
+    per_snr: Annotated[
+        Path | None, typer.Option(help="bundle: another one, with the adapters per SNR")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="sheets: folder to draw into")] = Path("docs"),
     arguments: Annotated[
         list[str] | None, typer.Argument(help="bench: passed on to it; try -- --help")
     ] = None,
 ) -> None:
-    """Measure: `link` quality on unseen photographs, `bench` speed through the four processes."""
+    """Measure a bundle against its bars, the link on raw photographs, speed; draw sheets of edits."""
     if suite is Suite.BENCH:
         from evaluation.bench import main
 
         if status := main(arguments or []):
             raise typer.Exit(status)
         return
-    from evaluation.link_suite import measure
+    if suite is Suite.SHEETS:
+        from evaluation.sheets import draw
 
-    for line in measure(weights, data, limit=limit, output=output, write=write):
+        lines = draw(weights, out)
+    elif suite is Suite.BUNDLE:
+        from evaluation import bundle_suite
+
+        options = bundle_suite.SuiteOptions(
+            limit=limit,
+            edited=edited,
+            samples=samples,
+            quality=quality.value,
+            per_snr=per_snr,
+            parts=tuple(part) if part else bundle_suite.PARTS,
+        )
+        lines = bundle_suite.measure(weights, data, options, output=output, write=write)
+    else:
+        from evaluation import link_suite
+
+        lines = link_suite.measure(weights, data, limit=limit, output=output, write=write)
+    for line in lines:
         typer.echo(line)
 
 

@@ -1,16 +1,19 @@
 """The model card of a bundle, written from its index and from what was measured; never by hand."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from shared.bundle import Bundle
+from evaluation.bars import Bar, table
+from shared.bundle import Bundle, write_scores
 
 CARD = "README.md"
 
 _INTRODUCTION = """\
 Weights of Editable-DeepSC for {size} x {size} px faces: 512 real numbers per face over a radio
-channel. `edsc evaluate --suite link --write` writes this file from what was measured and recorded.
+channel. `edsc evaluate --suite bundle --write` (and `--suite link`) writes this file from what was
+measured and recorded.
 
 **Data.** Trained on {data}. The pictures are for non-commercial
 research and are not part of this repository; the weights are offered for research under the same
@@ -43,15 +46,65 @@ def write_card(folder: Path) -> Path:
     return path
 
 
+def keep(
+    folder: Path,
+    name: str,
+    report: Mapping[str, Any],
+    *,
+    output: Path | None = None,
+    write: bool = False,
+) -> None:
+    """What every suite does with its report: JSON to `output`; with `write` also the scores of the
+    bundle at `folder`, under the suite's name, and its model card.
+    """
+    if output is not None:
+        output.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+    if write:
+        write_scores(folder, {name: report})
+        write_card(folder)
+
+
 def _figure(value: dict[str, Any]) -> str:
     return f"{value['mean']:.3f} | {value['low']:.3f} .. {value['high']:.3f} | {value['count']}"
 
 
 def _scores(scores: Any) -> Iterator[str]:
-    link = scores.get("link")
-    if not link:
-        yield "Not measured yet: `edsc evaluate --suite link --write`."
+    suite, link = scores.get("bundle"), scores.get("link")
+    if not suite and not link:
+        yield "Not measured yet: `edsc evaluate --suite bundle --write`."
         return
+    if suite:
+        yield from _bars(suite)
+    if suite and link:
+        yield ""
+    if link:
+        yield from _link(link)
+
+
+def _bars(suite: Any) -> Iterator[str]:
+    bars = [Bar.from_json(row) for row in suite["bars"]]
+    options, missed = suite["options"], [bar for bar in bars if bar.verdict == "missed"]
+    yield (
+        f"`edsc evaluate --suite bundle`, `{options['quality']}`: aligned faces of the test split"
+        " (people it has never seen), AWGN, 95 % bootstrap intervals. `perceptual` is the"
+        " predictor's own feature distance, uncalibrated; `fd_edgeface` a Frechet distance on"
+        " EdgeFace-XS embeddings; edits cross at 12 dB and are judged by a second predictor that"
+        " the transmitter does not have, against the degree that the link promised."
+    )
+    yield ""
+    if missed:
+        yield (
+            "**Short of its bar:** "
+            + "; ".join(f"{bar.what}, {bar.value} where {bar.bar} was wanted" for bar in missed)
+            + "."
+        )
+    else:
+        yield "No bar that was measured is missed."
+    yield ""
+    yield from table(bars)
+
+
+def _link(link: Any) -> Iterator[str]:
     yield (
         f"{link['photos']} unaligned photographs of the test split, {link['snr_db']:g} dB AWGN,"
         f" `{link['quality']}`; a face was found in {link['faces_found']}. Means with 95 %"

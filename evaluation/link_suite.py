@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from channel_sim.channel import Channel, ChannelConfig
-from evaluation.card import write_card
+from evaluation.card import keep
 from evaluation.metrics import Figure, figure, psnr_db
 from receiver.pipeline import Receiver
 from shared.attributes import ATTRIBUTES, MAX_DEGREE, Attribute, Edit
-from shared.bundle import Bundle, write_scores
+from shared.bundle import Bundle
 from shared.errors import InstructionRefused, InvalidRequest
 from shared.images import decode_photo
 from training.run import default_data
@@ -219,9 +219,5 @@ def measure(
     """Run the suite on a bundle; its lines, with the report as JSON and as scores if wanted."""
     bundle = Bundle.open(folder)
     report = run(bundle, data, limit=limit)
-    if output is not None:
-        output.write_text(json.dumps(asdict(report), indent=1) + "\n", "utf-8")
-    if write:
-        write_scores(bundle.folder, {"link": asdict(report)})
-        write_card(bundle.folder)
+    keep(bundle.folder, "link", asdict(report), output=output, write=write)
     yield from report.lines()

@@ -125,7 +125,9 @@ def erase(image: Tensor, generator: torch.Generator, largest: float) -> Tensor:
     in_rows = (rows >= corner[0]) & (rows < corner[0] + side[0])  # [B, H]
     in_columns = (columns >= corner[1]) & (columns < corner[1] + side[1])  # [B, W]
     hidden = in_rows[:, :, None] & in_columns[:, None] & _half(n, generator)[:, None, None]
-    return torch.where(hidden[:, None].to(image.device), torch.zeros((), device=image.device), image)
+    return torch.where(
+        hidden[:, None].to(image.device), torch.zeros((), device=image.device), image
+    )
 
 
 def _half(n: int, generator: torch.Generator) -> Tensor:

@@ -48,6 +48,18 @@ class FaceSet:
             pictures = torch.where(mirror[:, None, None, None], pictures.flip(3), pictures)
         return pictures
 
+    def first(self, count: int) -> "FaceSet":
+        """The first `count` faces, or all where there are fewer."""
+        part = slice(0, count)
+        return FaceSet(
+            self.names[part],
+            self.images[part],
+            self.labels[part],
+            self.label_names,
+            self.identities[part],
+            self.landmarks[part],
+        )
+
     def label(self, name: str) -> Tensor:
         """One CelebA attribute as [N] bool."""
         return self.labels[:, self.label_names.index(name)] > 0

@@ -21,7 +21,7 @@ instead.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import torch
@@ -59,7 +59,7 @@ class PredictorRecipe:
     resolution: int = 128
     widths: tuple[int, ...] = (24, 48, 96, 192, 256)
     depths: tuple[int, ...] = (0, 1, 2, 2, 0)
-    augmentation: Augmentation = Augmentation()
+    augmentation: Augmentation = field(default_factory=Augmentation)
 
 
 JUDGE_RECIPE: Final = PredictorRecipe(
