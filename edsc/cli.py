@@ -306,7 +306,7 @@ def evaluate(
         list[str] | None, typer.Argument(help="bench: passed on to it; try -- --help")
     ] = None,
 ) -> None:
-    """Measure a bundle against its bars, the link on raw photographs, speed; draw sheets of edits."""
+    """Measure a bundle against its bars, the link on photographs, speed; draw sheets of edits."""
     if suite is Suite.BENCH:
         from evaluation.bench import main
 

@@ -123,7 +123,8 @@ class Route:
         if self.adapters is None or self.receiver is None:
             reception = self.channel(normalise_power(to_complex(w)), snr_db, draws)
             arrived = math.sqrt(2) * to_real(reception.y)  # [B, k], unit power and N0 per real
-            return self.generator.synthesis(arrived).float().clamp(-1, 1)
+            drawn: Tensor = self.generator.synthesis(arrived)
+            return drawn.float().clamp(-1, 1)
         return self.receiver(self.channel(self.adapters.encoder(w, snr_db), snr_db, draws))
 
 

@@ -49,7 +49,8 @@ def _coloured(side: int, draws: torch.Generator) -> Tensor:
     far = (vertical.square() + torch.fft.rfftfreq(side)[None].square()).sqrt().clamp(min=1 / side)
     noise = torch.fft.irfft2(spectrum / far ** _number(0.5, 2.0, draws), s=(side, side))
     noise = noise - noise.mean((1, 2), keepdim=True)
-    return 0.5 + 0.2 * noise / noise.std((1, 2), keepdim=True).clamp(min=1e-6)
+    grey: Tensor = 0.5 + 0.2 * noise / noise.std((1, 2), keepdim=True).clamp(min=1e-6)
+    return grey
 
 
 def _stripes(side: int, draws: torch.Generator) -> Tensor:

@@ -12,15 +12,15 @@ from shared.errors import InvalidRequest
 from shared.stylegan2 import Generator, GeneratorConfig, to_sphere
 from training import fields as fields_recipe
 from training import predictor as predictor_recipe
-from training.augment import augment
-from training.data import make_fake_data
+from training.augment import Augmentation, augment, erase
+from training.data import CELEBA_LABELS, make_fake_data
 from training.degrees import LEVELS, MIN_GAP, auc, cut_points, levels
-from training.fields import Codes, FieldsRecipe, linear_directions
-from training.predictor import PredictorRecipe, ordered_pairs
+from training.fields import FieldsRecipe
+from training.predictor import JUDGE_RECIPE, PredictorRecipe, ordered_pairs
 from training.run import RunOptions
 from transmitter.editing import Fields
 from transmitter.inversion import InversionConfig, InversionEncoder
-from transmitter.predictor import Predictor
+from transmitter.predictor import Predictor, PredictorConfig
 
 P_RECIPE = PredictorRecipe(length=4, batch=3, report_steps=2, calibration_faces=4)
 F_RECIPE = FieldsRecipe(
@@ -77,6 +77,29 @@ def test_augmentation_is_repeatable_and_differentiable() -> None:
     assert (gradient.abs().sum((1, 2, 3)) > 0).all()
 
 
+def test_erasing_hides_one_rectangle_in_about_half_of_the_pictures() -> None:
+    image = torch.ones(400, 3, 20, 20)
+    seen = erase(image, torch.Generator().manual_seed(0), 0.4)
+    hidden = seen[:, 0] == 0
+    some = hidden.any(2).any(1)
+    assert 0.4 < float(some.float().mean()) < 0.6
+    # A rectangle is the outer product of its rows and columns.
+    rectangle = hidden.any(2)[:, :, None] & hidden.any(1)[:, None]
+    assert torch.equal(hidden, rectangle)
+    assert float(hidden.float().mean((1, 2)).max()) <= 0.45**2
+    assert bool((seen[~some] == 1).all())
+
+
+def test_augmentations_differ_by_their_numbers() -> None:
+    image = torch.rand(4, 3, 32, 32) * 2 - 1
+    still = Augmentation(shift=0, turn_deg=0, zoom=0, colour=0, noise=0)
+    seen = still(image[:1], torch.Generator().manual_seed(1))
+    nearest = min(float((seen - other).abs().max()) for other in (image[:1], image[:1].flip(3)))
+    assert nearest < 1e-3
+    first = Augmentation()(image, torch.Generator().manual_seed(2))
+    assert torch.equal(first, augment(image, torch.Generator().manual_seed(2)))
+
+
 def _options(folder: Path, name: str, steps: int | None) -> RunOptions:
     return RunOptions(
         data=folder / "data",
@@ -118,17 +141,28 @@ def test_a_judge_is_the_same_recipe_under_another_name_with_true_degrees(tmp_pat
     assert "CelebA-Dialog" in bundle.config("judge")["degrees"]
 
 
-def test_linear_directions_hold_the_other_scores_still() -> None:
-    """Two scores that often come together get directions that move only one of them."""
-    generator = torch.Generator().manual_seed(0)
-    scores = torch.randn(4000, 5, generator=generator)
-    scores[:, 1] = 0.8 * scores[:, 0] + 0.6 * scores[:, 1]  # glasses come with bangs
-    basis = torch.linalg.qr(torch.randn(512, 5, generator=generator)).Q.T  # [5, 512]
-    w = 5 * scores @ basis + 0.5 * torch.randn(4000, 512, generator=generator)
-    codes = Codes(w, scores, torch.zeros(4000, 512), torch.zeros(4000))
-    directions = linear_directions(codes)
-    cosine = torch.nn.functional.normalize(directions, dim=1) @ basis.T
-    torch.testing.assert_close(cosine, torch.eye(5), atol=0.06, rtol=0)
+def test_judge_is_another_net_from_another_start(tmp_path: Path) -> None:
+    make_fake_data(tmp_path / "data", 6)
+    small = replace(
+        JUDGE_RECIPE, length=2, batch=3, widths=(8, 8, 8, 8), depths=(0, 0, 0, 0), report_steps=1
+    )
+    predictor_recipe.train_judge(_options(tmp_path, "second", 2), recipe=small)
+    bundle = Bundle.open(tmp_path / "bundle-second")
+    assert bundle.nets == ("judge",)
+    assert bundle.provenance("judge")["seed"] == 5 + predictor_recipe.JUDGE_SEED
+    judge = Predictor.from_bundle(bundle, "judge")
+    assert judge(torch.zeros(1, 3, 128, 128)).shape == (1, 5, 6)
+
+
+def test_judge_of_full_size_takes_three_megabytes() -> None:
+    shapes = PredictorConfig(
+        JUDGE_RECIPE.resolution, JUDGE_RECIPE.widths, JUDGE_RECIPE.depths, CELEBA_LABELS
+    )
+    count = sum(p.numel() for p in Predictor(shapes).parameters())
+    assert 2 * count < 3e6
+    shipped = PredictorRecipe()
+    assert JUDGE_RECIPE.augmentation != shipped.augmentation
+    assert len(JUDGE_RECIPE.widths) != len(shipped.widths)
 
 
 @pytest.fixture

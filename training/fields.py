@@ -2,13 +2,16 @@
 
     training faces --inversion encoder--> codes w --G--> pictures --P--> scores
                                              |                   `--EdgeFace--> who it is
-        1. linear start: how w moves when one score rises and the others, and sex, stay
+        1. start: how w differs between real faces with less and more of it (training/nature.py)
         2. training: w --walk along a field, either way--> w' --G--> augmented --P--> losses
 
 Real inverted codes come first, because fields trained on sampled faces alone edit real photographs
-badly; jittered and sampled codes are mixed in. Before P looks, the picture is shifted, softened and
-made noisy, and a walk only turns by a bounded angle: so an edit has to be visible, a pattern that
-fools P does not pay.
+badly; jittered and sampled codes are mixed in.
+
+An edit has to be visible, and a pattern that fools P is not. So the fields' directions are kept in
+the subspace of people's labels; a walk that P takes for so many degrees has to go as far along the
+attribute's natural axis as real faces so many degrees apart differ; and P looks at every picture
+in several views, shifted, softened and made noisy.
 
 Losses, Eqs. (12) to (15): cross-entropy of P with the asked degree; the other attributes keep their
 distributions; the same person (1 - cosine of EdgeFace, and a small perceptual term); the walk stays
@@ -34,6 +37,7 @@ from shared.errors import InvalidRequest
 from shared.stylegan2 import Generator, to_sphere
 from training.augment import add_noise, jitter_geometry, soften
 from training.data import FaceSet, load_faces
+from training.nature import Nature, observe
 from training.run import Run, RunOptions
 from training.teachers import FaceIdentity
 from transmitter.editing import Fields, FieldsConfig, MatchLimits, match, turn
@@ -62,6 +66,9 @@ class FieldsRecipe:
     others_weight: float = 1.0
     identity_weight: float = 2.0
     perceptual_weight: float = 0.5
+    natural_weight: float = 1.0
+    natural_faces: int = 12000
+    views: int = 2
     statistics_weight: float = 2.0
     checkpoint_minutes: float = 3.0
     report_steps: int = 25
@@ -75,7 +82,6 @@ class Codes:
     w: Tensor
     scores: Tensor
     who: Tensor
-    male: Tensor  # [N] in {0, 1}; 0.5 where unknown (sampled faces)
 
 
 @dataclass(frozen=True)
@@ -124,7 +130,6 @@ def collect_codes(
     """
     sampled = round(recipe.codes * recipe.sampled_share)
     index = torch.randperm(len(faces), generator=generator)[: recipe.codes - sampled]
-    male = faces.label("Male").float()[index]
     parts = []
     for part in torch.split(index, 32):
         mirror = torch.rand(len(part), generator=generator) < 0.5
@@ -137,29 +142,13 @@ def collect_codes(
     if sampled:
         z = torch.randn(sampled, nets.generator.config.z_dim, generator=generator).to(device)
         w = torch.cat([w, nets.generator.mapping(z)])
-        male = torch.cat([male, torch.full((sampled,), 0.5)])
     scores, who = [], []
     for part in torch.split(w, 16):
         with torch.autocast(device.type, torch.bfloat16):
             image = nets.generator.synthesis(part).float()
             scores.append(nets.predictor.scores(image).float())
         who.append(nets.who(image))
-    return Codes(w, torch.cat(scores), torch.cat(who), male.to(device))
-
-
-def linear_directions(codes: Codes) -> Tensor:
-    """How w moves on average when one score rises while the others, and sex, stay: [5,512].
-
-    The regression of w on the scores: unlike the regression of a score on w, whose coefficients are
-    the cheapest way to fool P, it stays where faces are, so the edit is one that is seen.
-    """
-    male = codes.male - codes.male.mean()
-    given = torch.cat([codes.scores - codes.scores.mean(0), male[:, None]], 1).double()  # [N, 6]
-    given = given / given.std(0).clamp(min=1e-6)
-    ridge = 1e-2 * len(given) * torch.eye(given.shape[1], dtype=torch.float64, device=given.device)
-    centred = (codes.w - codes.w.mean(0)).double()
-    moved: Tensor = torch.linalg.solve(given.T @ given + ridge, given.T @ centred)  # [6, 512]
-    return moved[: len(ATTRIBUTES)].float()
+    return Codes(w, torch.cat(scores), torch.cat(who))
 
 
 @torch.no_grad()
@@ -213,13 +202,17 @@ def train(options: RunOptions, *, recipe: FieldsRecipe | None = None) -> None:
         fields = Fields(FieldsConfig(depth=recipe.depth), init).to(run.device)
         if state is None:
             draw = torch.Generator().manual_seed(options.seed)
-            faces = load_faces(options.data, "train", limit=3 * recipe.codes)
+            faces = load_faces(options.data, "train")
+            nature = observe(
+                nets.encoder, nets.predictor, faces, run.device, draw, recipe.natural_faces
+            )
             codes = collect_codes(nets, faces, recipe, run.device, draw)
             del faces
-            fields.start_at(linear_directions(codes))
+            fields.start_at(nature.axes)
             slopes = measure_slopes(nets, fields, codes).abs().clamp(min=0.5)
         else:
-            codes = Codes(*(state[key] for key in ("w", "scores", "who", "male")))
+            codes = Codes(*(state[key] for key in ("w", "scores", "who")))
+            nature = Nature(state["axes"], state["subspace"])
             slopes = state["slopes"]
             fields.load_state_dict(state["fields"])
         whiten = whitener(codes.w)
@@ -231,7 +224,8 @@ def train(options: RunOptions, *, recipe: FieldsRecipe | None = None) -> None:
             run.save(
                 {
                     "digest": digest,
-                    **{key: getattr(codes, key) for key in ("w", "scores", "who", "male")},
+                    **vars(codes),
+                    **vars(nature),
                     "slopes": slopes,
                     "fields": fields.state_dict(),
                     "optimizer": optimizer.state_dict(),
@@ -259,12 +253,13 @@ def train(options: RunOptions, *, recipe: FieldsRecipe | None = None) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate * ramp
             draw = torch.Generator().manual_seed(options.seed * 1_000_003 + run.step)
-            losses = walk_losses(nets, fields, codes, slopes, whiten, recipe, draw)
+            losses = walk_losses(nets, fields, codes, nature, slopes, whiten, recipe, draw)
             loss = torch.stack(list(losses.values())).sum()
             optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(loss)
             nn.utils.clip_grad_norm_(fields.parameters(), 1.0)
             optimizer.step()
+            stay_natural(fields, nature)
             run.step += 1
             run.images += len(ATTRIBUTES) * recipe.per_attribute
             for key, value in losses.items():
@@ -275,6 +270,13 @@ def train(options: RunOptions, *, recipe: FieldsRecipe | None = None) -> None:
             if run.due("checkpoint", recipe.checkpoint_minutes):
                 save(final=False)
         save(final=True)
+
+
+@torch.no_grad()
+def stay_natural(fields: Fields, nature: Nature) -> None:
+    """Project the last layers, so that whatever the fields answer lies in nature's subspace."""
+    fields.weight[-1].copy_(nature.keep(fields.weight[-1]))
+    fields.bias[-1].copy_(nature.keep(fields.bias[-1].T).T)
 
 
 def whitener(w: Tensor) -> Tensor:
@@ -292,6 +294,7 @@ def walk_losses(
     nets: Nets,
     fields: Fields,
     codes: Codes,
+    nature: Nature,
     slopes: Tensor,
     whiten: Tensor,
     recipe: FieldsRecipe,
@@ -323,12 +326,14 @@ def walk_losses(
     with torch.autocast(device.type, torch.bfloat16):
         image = nets.generator.synthesis(walked)
     image = image.float()
-    seen = jitter_geometry(image, draw, shift=0.03, turn_deg=3.0, zoom=0.03)
+    views = torch.cat([image] * recipe.views)
+    seen = jitter_geometry(views, draw, shift=0.03, turn_deg=3.0, zoom=0.03)
     seen = add_noise(soften(seen, draw), draw, 0.05)
     with torch.autocast(device.type, torch.bfloat16):
         features = nets.predictor.features(seen)
-    after, _ = nets.predictor.heads(features[-1].float().flatten(1))  # [n * m, 5]
-    log_p = nets.predictor.score_logits(after).log_softmax(-1)  # [n * m, 5, 6]
+    after, _ = nets.predictor.heads(features[-1].float().flatten(1))  # [views * n * m, 5]
+    log_p = nets.predictor.score_logits(after).log_softmax(-1)
+    log_p = log_p.reshape(recipe.views, n * m, n, -1).mean(0)  # [n * m, 5, 6]
     with torch.no_grad():
         kept = nets.predictor.score_logits(scores).softmax(-1)
 
@@ -341,6 +346,9 @@ def walk_losses(
         "target": recipe.target_weight * (6 * torch.tanh(reach / 6)).mean(),
         "others": recipe.others_weight * ((1 - own) * drift.clamp(max=8)).sum(1).mean() / (n - 1),
     }
+    asked = (target - degree).abs().clamp(min=1)
+    gone = sign * nature.degrees_moved(w, walked, rows)  # degrees, as real faces differ
+    losses["natural"] = recipe.natural_weight * F.relu(1 - gone / asked).mean()
     if nets.identity is not None:
         same = (nets.who(image) * codes.who[index]).sum(-1)
         losses["identity"] = recipe.identity_weight * (1 - same).mean()  # Eq. (13)

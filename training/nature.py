@@ -1,0 +1,119 @@
+"""How real faces differ, as moves of the latent: what an edit has to look like to be seen.
+
+    training faces --inversion encoder--> w --.
+                   --predictor--> degrees ----+--regression of w--> one axis per attribute
+                   --people's labels ---------'                 `--> the subspace of all labels
+
+A predictor can be fooled. In a latent whose numbers are white, the shortest way to another score is
+a sum of many small moves that nobody sees, and a field that is trained against the predictor finds
+it. Three things keep it where faces differ:
+
+* the axes come from people's labels as much as from the predictor, so what only one predictor
+  believes in is not in them;
+* each number of an axis is shrunk by what of it may be chance (James and Stein, positive part):
+  faint components, where there is nothing but chance, go to zero;
+* the subspace that the labels span, 45 dimensions of 512, is where walks are kept.
+
+Regressing w on a score is not enough by itself: with white w it gives the same direction as
+regressing the score on w, the predictor's own gradient.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shared.attributes import ATTRIBUTES
+from training.data import FaceSet
+from training.degrees import levels
+from transmitter.inversion import InversionEncoder
+from transmitter.predictor import Predictor, expected_degree
+
+RIDGE = 1e-2  # of the variance of what w is regressed on
+
+
+@dataclass(frozen=True)
+class Nature:
+    """axes [5, 512]: along axis a, faces one degree apart differ by 1 in the mean (w . axis).
+    subspace [512, K]: orthonormal; holds the axes, and the mean difference that each label makes.
+    """
+
+    axes: Tensor
+    subspace: Tensor
+
+    def degrees_moved(self, start: Tensor, end: Tensor, rows: Tensor) -> Tensor:
+        """How many degrees latents [N, 512] moved along the axes of attributes rows [N]: [N]."""
+        return ((end - start) * self.axes[rows]).sum(-1)
+
+    def keep(self, weight: Tensor) -> Tensor:
+        """The part of vectors [.., 512, M] (columns) that lies in the subspace."""
+        inside: Tensor = self.subspace @ (self.subspace.T @ weight)
+        return inside
+
+
+@torch.no_grad()
+def observe(
+    encoder: InversionEncoder,
+    predictor: Predictor,
+    faces: FaceSet,
+    device: torch.device,
+    draws: torch.Generator,
+    count: int,
+) -> Nature:
+    """Look at `count` training faces, half of them mirrored, and take their axes."""
+    index = torch.randperm(len(faces), generator=draws)[:count]
+    latents, scores = [], []
+    for part in index.split(32):
+        mirror = torch.rand(len(part), generator=draws) < 0.5
+        image = faces.batch(part, mirror).to(device)
+        with torch.autocast(device.type, torch.bfloat16):
+            latents.append(encoder(image).float())
+            scores.append(predictor.scores(image).float())
+    degrees = expected_degree(predictor.score_logits(torch.cat(scores)))  # [N, 5]
+    labels = (faces.labels[index] > 0).float().to(device)  # [N, 40]
+    level = levels(faces.label)[index].float().to(device)  # [N, 5]
+    male = faces.label("Male")[index].float().to(device)
+    return nature_of(torch.cat(latents), degrees, level, labels, male)
+
+
+def nature_of(w: Tensor, degrees: Tensor, level: Tensor, labels: Tensor, male: Tensor) -> Nature:
+    """w [N, 512], degrees and levels of evidence [N, 5], labels [N, m], male [N] -> Nature."""
+    evidence = standardised(degrees) + standardised(level)  # [N, 5]
+    directions = regress(w, torch.cat([evidence, male[:, None]], 1))[: len(ATTRIBUTES)]
+    centred = degrees - degrees.mean(0)
+    along = (w - w.mean(0)) @ directions.T  # [N, 5]
+    # E[along | degree] rises by this per degree.
+    rise = (along * centred).mean(0) / centred.square().mean(0).clamp(min=1e-6)
+    axes = directions / rise.clamp(min=1e-6)[:, None]
+    given = torch.cat([evidence, labels], 1)
+    each = torch.cat([regress(w, column[:, None]) for column in given.T])  # [5 + m, 512]
+    spanned = torch.cat([directions, each])
+    unit = spanned / spanned.norm(dim=1, keepdim=True).clamp(min=1e-9)
+    _, singular, vectors = torch.linalg.svd(unit, full_matrices=False)
+    # The axes themselves must stay inside: drop only what is no direction of its own.
+    return Nature(axes, vectors[singular > 1e-4 * singular[0]].T.contiguous())
+
+
+def standardised(columns: Tensor) -> Tensor:
+    """Columns [N, m] with zero mean and unit variance; a constant column becomes zero."""
+    centred = columns - columns.mean(0)
+    return centred / centred.square().mean(0).sqrt().clamp(min=1e-6)
+
+
+def regress(w: Tensor, given: Tensor) -> Tensor:
+    """How w [N, D] moves when one column of given [N, m] rises and the others stay: [m, D].
+
+    Per standard deviation of the column, each number shrunk by what of it may be chance,
+    max(0, 1 - variance / square): the standard error is that of ordinary least squares.
+    """
+    x = standardised(given.double())  # [N, m]
+    y = (w - w.mean(0)).double()
+    eye = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    inverse = torch.linalg.inv(x.T @ x + RIDGE * len(x) * eye)  # [m, m]
+    moved = inverse @ x.T @ y  # [m, D]
+    left = (y - x @ moved).square().sum(0) / max(1, len(x) - x.shape[1])  # [D]
+    chance = inverse.diagonal()[:, None] * left  # [m, D]
+    kept = (1 - chance / moved.square().clamp(min=1e-30)).clamp(min=0)
+    nothing = (kept == 0).all(1, keepdim=True)  # too few faces to tell: better this than no axis
+    result: Tensor = (moved * torch.where(nothing, 1.0, kept)).float()
+    return result
