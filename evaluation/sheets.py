@@ -28,7 +28,7 @@ from shared.stylegan2 import Generator
 from transmitter.editing import Fields, match
 from transmitter.predictor import Predictor
 
-SHOWN: Final = 20
+SHOWN = 20
 COLUMNS: Final = 10
 LARGEST_BYTES: Final = 300_000
 BATCH: Final = 32
@@ -83,7 +83,7 @@ class Studio:
             )
         return torch.cat(latents), torch.cat(scores), torch.cat(male)
 
-    def choose(self, sheet: Sheet, count: int = SHOWN) -> Tensor:
+    def choose(self, sheet: Sheet, count: int) -> Tensor:
         """Seeds [count] of the faces for a sheet, in order.
 
         To add: the first that show nothing of it. To remove: the first that show degree 3 or more,
@@ -161,7 +161,7 @@ def draw(
     studio = Studio(Bundle.open(folder), snr_db, candidates)
     out.mkdir(parents=True, exist_ok=True)
     for sheet in SHEETS:
-        seeds = studio.choose(sheet)
+        seeds = studio.choose(sheet, SHOWN)
         path = out / f"{sheet.name}.webp"
         write_small(lay_out(list(studio.pairs(sheet, seeds))), path)
         listed = " ".join(str(seed) for seed in seeds.tolist())

@@ -221,8 +221,9 @@ def judged_bundle(random_bundle: Path, tmp_path: Path) -> Path:
     shutil.copytree(random_bundle, folder)
     torch.manual_seed(9)
     judge = Predictor(PredictorConfig(resolution=32, widths=(4, 4), depths=(0, 0)))
-    for net, module, config in (("judge", judge, judge.config.to_json()),):
-        write_net(folder, net, config=config, tensors=module.state_dict(), provenance={})
+    write_net(
+        folder, "judge", config=judge.config.to_json(), tensors=judge.state_dict(), provenance={}
+    )
     index = json.loads((folder / "bundle.json").read_text())
     index["nets"]["generator"]["provenance"]["data"] = "nothing"
     (folder / "bundle.json").write_text(json.dumps(index))

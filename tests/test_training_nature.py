@@ -68,6 +68,22 @@ def test_chance_is_shrunk_away() -> None:
     assert bool((rest == 0).sum() > 0.6 * len(rest))
 
 
+def test_what_belongs_to_the_person_is_left_out() -> None:
+    """The first attribute comes with another face: its axis must not change the face."""
+    draws = torch.Generator().manual_seed(4)
+    person = torch.randn(N, 12, generator=draws)
+    degrees = torch.randint(0, 6, (N, 5), generator=draws).float()
+    degrees[:, 0] = (2.5 + 1.5 * person[:, 0] + 0.7 * torch.randn(N, generator=draws)).clamp(0, 5)
+    w = 0.3 * torch.randn(N, K, generator=draws)
+    w[:, :12] += person
+    w[:, 20:25] += 0.5 * degrees
+    level, labels, male = (degrees >= 3).float(), torch.zeros(N, 1), torch.zeros(N)
+    anybody = nature_of(w, degrees, level, labels, male).axes[0]
+    same = nature_of(w, degrees, level, labels, male, person).axes[0]
+    assert float(anybody[0] / anybody[20]) > 0.3
+    assert abs(float(same[0] / same[20])) < 0.05
+
+
 def test_where_all_is_chance_an_axis_is_left() -> None:
     draws = torch.Generator().manual_seed(2)
     moved = regress(torch.randn(5, K, generator=draws), torch.randn(5, 3, generator=draws))

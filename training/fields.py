@@ -204,7 +204,13 @@ def train(options: RunOptions, *, recipe: FieldsRecipe | None = None) -> None:
             draw = torch.Generator().manual_seed(options.seed)
             faces = load_faces(options.data, "train")
             nature = observe(
-                nets.encoder, nets.predictor, faces, run.device, draw, recipe.natural_faces
+                nets.encoder,
+                nets.predictor,
+                None if nets.identity is None else nets.who,
+                faces,
+                run.device,
+                draw,
+                recipe.natural_faces,
             )
             codes = collect_codes(nets, faces, recipe, run.device, draw)
             del faces

@@ -2,22 +2,26 @@
 
     training faces --inversion encoder--> w --.
                    --predictor--> degrees ----+--regression of w--> one axis per attribute
-                   --people's labels ---------'                 `--> the subspace of all labels
+                   --people's labels ---------|                 `--> the subspace of all labels
+                   --EdgeFace: who it is -----'
 
 A predictor can be fooled. In a latent whose numbers are white, the shortest way to another score is
 a sum of many small moves that nobody sees, and a field that is trained against the predictor finds
-it. Three things keep it where faces differ:
+it. Four things keep it where faces differ:
 
 * the axes come from people's labels as much as from the predictor, so what only one predictor
   believes in is not in them;
 * each number of an axis is shrunk by what of it may be chance (James and Stein, positive part):
   faint components, where there is nothing but chance, go to zero;
+* who it is stays: what the recogniser's embedding tells of w and of the labels is taken out of both
+  first (Frisch and Waugh), so an axis is how faces of one and the same person differ;
 * the subspace that the labels span, 45 dimensions of 512, is where walks are kept.
 
 Regressing w on a score is not enough by itself: with white w it gives the same direction as
 regressing the score on w, the predictor's own gradient.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +34,7 @@ from transmitter.inversion import InversionEncoder
 from transmitter.predictor import Predictor, expected_degree
 
 RIDGE = 1e-2  # of the variance of what w is regressed on
+IDENTITY_PARTS = 128  # principal components of the embedding that are held still
 
 
 @dataclass(frozen=True)
@@ -55,30 +60,53 @@ class Nature:
 def observe(
     encoder: InversionEncoder,
     predictor: Predictor,
+    who: Callable[[Tensor], Tensor] | None,
     faces: FaceSet,
     device: torch.device,
     draws: torch.Generator,
     count: int,
 ) -> Nature:
-    """Look at `count` training faces, half of them mirrored, and take their axes."""
+    """Look at `count` training faces, half of them mirrored, and take their axes.
+
+    who: pictures [B, 3, S, S] -> embeddings [B, 512]; None where there is no recogniser.
+    """
     index = torch.randperm(len(faces), generator=draws)[:count]
-    latents, scores = [], []
+    latents, scores, people = [], [], []
     for part in index.split(32):
         mirror = torch.rand(len(part), generator=draws) < 0.5
         image = faces.batch(part, mirror).to(device)
         with torch.autocast(device.type, torch.bfloat16):
             latents.append(encoder(image).float())
             scores.append(predictor.scores(image).float())
+        if who is not None:
+            people.append(who(image))
     degrees = expected_degree(predictor.score_logits(torch.cat(scores)))  # [N, 5]
     labels = (faces.labels[index] > 0).float().to(device)  # [N, 40]
     level = levels(faces.label)[index].float().to(device)  # [N, 5]
     male = faces.label("Male")[index].float().to(device)
-    return nature_of(torch.cat(latents), degrees, level, labels, male)
+    person = torch.cat(people) if people else None
+    return nature_of(torch.cat(latents), degrees, level, labels, male, person)
 
 
-def nature_of(w: Tensor, degrees: Tensor, level: Tensor, labels: Tensor, male: Tensor) -> Nature:
-    """w [N, 512], degrees and levels of evidence [N, 5], labels [N, m], male [N] -> Nature."""
+def nature_of(
+    w: Tensor,
+    degrees: Tensor,
+    level: Tensor,
+    labels: Tensor,
+    male: Tensor,
+    person: Tensor | None = None,
+) -> Nature:
+    """w [N, 512], degrees and levels of evidence [N, 5], labels [N, m], male [N] -> Nature.
+
+    person: embeddings [N, D] of who it is, held still; None: whoever it is.
+    """
     evidence = standardised(degrees) + standardised(level)  # [N, 5]
+    if person is not None:
+        known = principal_parts(person)
+        w, degrees, evidence, labels = (
+            beyond(known, columns) for columns in (w, degrees, evidence, labels)
+        )
+        male = beyond(known, male[:, None])[:, 0]
     directions = regress(w, torch.cat([evidence, male[:, None]], 1))[: len(ATTRIBUTES)]
     centred = degrees - degrees.mean(0)
     along = (w - w.mean(0)) @ directions.T  # [N, 5]
@@ -92,6 +120,28 @@ def nature_of(w: Tensor, degrees: Tensor, level: Tensor, labels: Tensor, male: T
     _, singular, vectors = torch.linalg.svd(unit, full_matrices=False)
     # The axes themselves must stay inside: drop only what is no direction of its own.
     return Nature(axes, vectors[singular > 1e-4 * singular[0]].T.contiguous())
+
+
+def principal_parts(person: Tensor) -> Tensor:
+    """Embeddings [N, D] -> orthonormal columns [N, K]: the strongest of their principal parts.
+
+    K is IDENTITY_PARTS, but at most a tenth of the faces: with as many parts as faces, everything
+    would be told by who it is.
+    """
+    centred = (person - person.mean(0)).double()
+    values, vectors = torch.linalg.eigh(centred.T @ centred)
+    count = min(IDENTITY_PARTS, len(person) // 10)
+    if count == 0:
+        return centred[:, :0]
+    parts = centred @ vectors.flip(1)[:, :count]
+    return parts / values.flip(0)[:count].clamp(min=1e-12).sqrt()
+
+
+def beyond(known: Tensor, columns: Tensor) -> Tensor:
+    """What of columns [N, m] the orthonormal columns `known` [N, K] do not tell: [N, m]."""
+    centred = (columns - columns.mean(0)).double()
+    left: Tensor = (centred - known @ (known.T @ centred)).float()
+    return left
 
 
 def standardised(columns: Tensor) -> Tensor:
