@@ -243,6 +243,15 @@ def editing(
         yield Bar("hit_exact", "edits, judge: exactly the degree", None, 0.70, unit="%", note=why)
         yield Bar("hit_within", "edits, judge: within one degree", None, 0.92, unit="%", note=why)
         return
+    rules = [
+        [bundle.config(net).get(key) for key in ("quantiles", "min_gap")]
+        for net in (JUDGE, "predictor")
+    ]
+    if rules[0] != rules[1]:
+        raise InvalidRequest(
+            f"the judge's degrees are cut by {rules[0]}, the predictor's by {rules[1]}; expected one"
+            " rule: `python -m training.predictor --recut`, then train the fields anew"
+        )
     route = Route(Adapters.from_bundle(bundle), transmitter.generator)
     edits = edit_faces(
         transmitter,

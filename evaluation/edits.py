@@ -78,7 +78,8 @@ def edit_faces(
                 INVERSION_STEPS[quality],
             )
         plain = route(w, number)
-        plain_logits = judge(plain)
+        plain_scores = judged_scores(judge, plain)
+        plain_degrees = expected_degree(judge.score_logits(plain_scores))
         who = embed(face)
         same_plain = float((embed(plain) * who).sum())
         before = transmitter.predictor.degrees(transmitter.generator.synthesis(w))[0]
@@ -92,12 +93,9 @@ def edit_faces(
                 limits=quality,
             )
             edited, index = route(found.w, number), edit.attribute.index
-            scores = judge.scores(edited)
-            drift = non_target_drift(
-                expected_degree(plain_logits),
-                expected_degree(judge.score_logits(scores)),
-                edit.attribute,
-            )
+            scores = judged_scores(judge, edited)
+            after = expected_degree(judge.score_logits(scores))
+            drift = non_target_drift(plain_degrees, after, edit.attribute)
             assert edit.change is not None  # possible_edits makes no targets
             yield EditedFace(
                 face=number,
@@ -106,12 +104,17 @@ def edit_faces(
                 before=int(before[index]),
                 expected=found.expected,
                 reached=found.reached,
-                judged_before=int(plain_logits[0, index].argmax()),
+                judged_before=int(judge.score_degrees(plain_scores)[0, index]),
                 judged=int(judge.score_degrees(scores)[0, index]),
                 drift=float(drift),
                 same=float((embed(edited) * who).sum()),
                 same_plain=same_plain,
             )
+
+
+def judged_scores(judge: Predictor, image: Tensor) -> Tensor:
+    """The judge's scores [B, 5], the mean over the picture and its mirror image: steadier."""
+    return (judge.scores(image) + judge.scores(image.flip(3))) / 2
 
 
 def possible_edits(before: Tensor) -> Iterator[Edit]:

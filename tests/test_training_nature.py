@@ -39,8 +39,8 @@ def test_axes_are_those_of_the_population_and_hold_the_others_still() -> None:
     nature, _, _, axes = observed()
     cosine = torch.nn.functional.normalize(nature.axes, dim=1) @ axes.T
     # 512 numbers with a standard error of 1 / sqrt(6000) each, beside 0.5 a degree.
-    assert float(cosine.diagonal().min()) > 0.9
-    assert float((cosine - torch.diag(cosine.diagonal())).abs().max()) < 0.06
+    assert float(cosine.diagonal().min()) > 0.87
+    assert float((cosine - torch.diag(cosine.diagonal())).abs().max()) < 0.15
 
 
 def test_a_degree_is_one_along_its_axis() -> None:

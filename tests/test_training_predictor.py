@@ -58,6 +58,11 @@ def test_cut_points_are_quantiles_and_keep_apart() -> None:
     torch.testing.assert_close(cuts[4], expected, atol=0.05, rtol=0)
     crowded = cut_points(scores / 1000, torch.zeros(5))
     assert (crowded.diff(dim=1) >= MIN_GAP - 1e-5).all()
+    # bangs keep their learnt threshold, age the middle of its quantiles.
+    torch.testing.assert_close(crowded[0], MIN_GAP * torch.arange(5.0), atol=0.02, rtol=0)
+    torch.testing.assert_close(
+        crowded[4], MIN_GAP * torch.arange(-2.0, 3.0) + 0.012, atol=1e-3, rtol=0
+    )
 
 
 def test_auc_and_ordered_pairs_by_hand() -> None:
@@ -152,6 +157,29 @@ def test_judge_is_another_net_from_another_start(tmp_path: Path) -> None:
     assert bundle.provenance("judge")["seed"] == 5 + predictor_recipe.JUDGE_SEED
     judge = Predictor.from_bundle(bundle, "judge")
     assert judge(torch.zeros(1, 3, 128, 128)).shape == (1, 5, 6)
+
+
+def test_recut_moves_the_cuts_and_nothing_else(tmp_path: Path) -> None:
+    make_fake_data(tmp_path / "data", 6)
+    options = _options(tmp_path, "recut", 1)
+    predictor_recipe.train(options, recipe=P_RECIPE)
+    before = Bundle.open(options.bundle)
+    old = before.tensors("predictor")
+    scattered = {**old, "cuts": old["cuts"][:, :1] + torch.arange(5.0) / 10}
+    write_net(
+        options.bundle,
+        "predictor",
+        config={**before.config("predictor"), "min_gap": 0.1},
+        tensors=scattered,
+        provenance=before.provenance("predictor"),
+    )
+    predictor_recipe.recut(options, recipe=P_RECIPE)
+    after = Bundle.open(options.bundle)
+    new = after.tensors("predictor")
+    assert after.config("predictor") == before.config("predictor")
+    assert "recut_at" in after.provenance("predictor")
+    torch.testing.assert_close(new["cuts"], old["cuts"], atol=0.02, rtol=1e-3)
+    assert all(torch.equal(new[key], old[key]) for key in old if key != "cuts")
 
 
 def test_judge_of_full_size_takes_three_megabytes() -> None:

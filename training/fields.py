@@ -67,7 +67,7 @@ class FieldsRecipe:
     identity_weight: float = 2.0
     perceptual_weight: float = 0.5
     natural_weight: float = 1.0
-    natural_faces: int = 12000
+    natural_faces: int = 8000
     views: int = 2
     statistics_weight: float = 2.0
     checkpoint_minutes: float = 3.0

@@ -20,8 +20,10 @@ instead.
 
 from __future__ import annotations
 
+import argparse
 import math
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -29,11 +31,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared.attributes import ATTRIBUTES, MAX_DEGREE
-from shared.bundle import write_net
+from shared.bundle import Bundle, write_net
+from shared.errors import InvalidRequest
 from training.augment import Augmentation, resample
 from training.data import FaceSet, load_faces
-from training.degrees import LEVELS, QUANTILES, auc, cut_points, levels
-from training.run import Run, RunOptions
+from training.degrees import LEVELS, MIN_GAP, QUANTILES, auc, cut_points, levels
+from training.run import Run, RunOptions, commit
 from transmitter.predictor import Predictor, PredictorConfig, read_celeba_dialog
 
 NAME = "predictor"
@@ -164,7 +167,7 @@ def train(options: RunOptions, *, net: str = NAME, recipe: PredictorRecipe | Non
                     **shipped.config.to_json(),
                     "degrees": source,
                     "levels": list(tops),
-                    "quantiles": [list(q) for q in QUANTILES],
+                    **cut_rule(),
                 },
                 tensors=shipped.state_dict(),
                 provenance=run.provenance(recipe="training/predictor.py", validation=scores),
@@ -245,15 +248,61 @@ def calibrate(
     if dialog:  # true degrees: the learnt thresholds are the cut points
         cuts = thresholds().detach()
     else:
-        stride = max(1, len(faces) // recipe.calibration_faces)
-        index = torch.arange(0, len(faces), stride)
-        parts = []
-        for number, part in enumerate(torch.split(index, 64)):
-            images = faces.batch(part)
-            parts.append(score_all(shipped, images if number % 2 else resample(images, 56)))
-        cuts = cut_points(torch.cat(parts), thresholds()[:, 0].detach())
+        cuts = fit_cuts(shipped, thresholds()[:, 0].detach(), faces, recipe)
     shipped.cuts.copy_(cuts)
     return shipped
+
+
+def fit_cuts(
+    model: Predictor, thresholds: Tensor, faces: FaceSet, recipe: PredictorRecipe
+) -> Tensor:
+    """Cut points [5,5] from the scores of training faces, every second batch softened."""
+    stride = max(1, len(faces) // recipe.calibration_faces)
+    parts = []
+    for number, part in enumerate(torch.arange(0, len(faces), stride).split(64)):
+        images = faces.batch(part)
+        parts.append(score_all(model, images if number % 2 else resample(images, 56)))
+    return cut_points(torch.cat(parts), thresholds)
+
+
+def cut_rule() -> dict[str, Any]:
+    """How scores are cut into degrees, for the bundle: judges that are compared must agree in it."""
+    return {"quantiles": [list(q) for q in QUANTILES], "min_gap": MIN_GAP}
+
+
+@torch.no_grad()
+def recut(
+    options: RunOptions, *, net: str = NAME, recipe: PredictorRecipe | None = None
+) -> Predictor:
+    """Cut the scores of a net of the bundle anew by today's rule, its weights as they are.
+
+    Nets that were trained on the old degrees (fields) have to be trained again. Raises
+    InvalidRequest for a net that learned true degrees.
+    """
+    bundle = Bundle.open(options.bundle)
+    config = bundle.config(net)
+    if list(config.get("levels", LEVELS)) != list(LEVELS):
+        raise InvalidRequest(
+            f"{net!r} of {bundle.folder} has levels {config['levels']}: its cuts are learned, "
+            "expected a net of binary labels"
+        )
+    model = Predictor.from_bundle(bundle, net)
+    faces, held_out = load_faces(options.data, "train"), load_faces(options.data, "val")
+    # Degree 1 begins where the old cuts had it: that threshold was learned.
+    recipe = PredictorRecipe() if recipe is None else recipe
+    model.cuts.copy_(fit_cuts(model, model.cuts[:, 0].clone(), faces, recipe))
+    write_net(
+        options.bundle,
+        net,
+        config={**config, **cut_rule()},
+        tensors=model.state_dict(),
+        provenance={
+            **bundle.provenance(net),
+            "recut_at": commit(),
+            "validation": validate(model, held_out, options),
+        },
+    )
+    return model
 
 
 def validate(model: Predictor, faces: FaceSet, options: RunOptions) -> dict[str, Any]:
@@ -289,3 +338,20 @@ def ordered_pairs(score: Tensor, level: Tensor) -> float:
     pairs = int(higher.sum())
     agree = int((higher & (score[:, None] > score[None, :])).sum())
     return agree / pairs if pairs else float("nan")
+
+
+def main() -> None:
+    """`python -m training.predictor --recut [--net judge] ...`: cut points anew, in a minute."""
+    parser = argparse.ArgumentParser(description="Cut a predictor's scores into degrees anew.")
+    parser.add_argument("--recut", action="store_true", required=True)
+    parser.add_argument("--net", default=NAME, choices=[NAME, JUDGE])
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--bundle", type=Path)
+    given = {key: value for key, value in vars(parser.parse_args()).items() if value is not None}
+    net = given.pop("net")
+    del given["recut"]
+    print(recut(RunOptions.default(**given), net=net).cuts.round(decimals=2))
+
+
+if __name__ == "__main__":
+    main()
