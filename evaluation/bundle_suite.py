@@ -249,8 +249,8 @@ def editing(
     ]
     if rules[0] != rules[1]:
         raise InvalidRequest(
-            f"the judge's degrees are cut by {rules[0]}, the predictor's by {rules[1]}; expected one"
-            " rule: `python -m training.predictor --recut`, then train the fields anew"
+            f"the judge's degrees are cut by {rules[0]}, the predictor's by {rules[1]}; expected"
+            " one rule: `python -m training.predictor --recut`, then train the fields anew"
         )
     route = Route(Adapters.from_bundle(bundle), transmitter.generator)
     edits = edit_faces(

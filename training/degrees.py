@@ -92,7 +92,7 @@ def cut_points(scores: Tensor, thresholds: Tensor) -> Tensor:
             else:
                 rest = torch.quantile(positives, s.new_tensor(quantiles))
             cuts = torch.cat([first, rest])
-        # From the first cut upwards, for it says who shows the attribute; or, where all the cuts are
+        # From the first cut upwards, for it says who shows the attribute; or, where all cuts are
         # quantiles, from the middle outwards.
         fixed = MAX_DEGREE // 2 if len(quantiles) == MAX_DEGREE else 0
         for k in range(fixed + 1, MAX_DEGREE):

@@ -266,7 +266,7 @@ def fit_cuts(
 
 
 def cut_rule() -> dict[str, Any]:
-    """How scores are cut into degrees, for the bundle: judges that are compared must agree in it."""
+    """How scores are cut into degrees, for the bundle: nets that are compared share one rule."""
     return {"quantiles": [list(q) for q in QUANTILES], "min_gap": MIN_GAP}
 
 
