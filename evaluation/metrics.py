@@ -1,8 +1,8 @@
 """How far received pictures are from what was sent and from what was asked, and how sure that is.
 
 Metrics of one picture give a number per picture, [B]. Distances of sets (Frechet, kernel) give one
-number for all pictures of a scheme, on an embedding that has to be named beside it: `fd_edgeface` and
-`fd_inception` (which is FID) are different numbers. Nothing here loads a network.
+number for all pictures of a scheme, on an embedding that has to be named beside it: `fd_edgeface`
+and `fd_inception` (which is FID) are different numbers. Nothing here loads a network.
 
 Means come with percentile bootstrap intervals (Efron 1979) over pictures. A set distance is
 recomputed for every resample: the kernel distance leaves pairs of equal pictures out of it, for
@@ -209,9 +209,7 @@ def figure(samples: Tensor, resamples: int = RESAMPLES, seed: int = 0) -> Figure
     return _interval(float(values.mean()), means, len(values))
 
 
-def gain_figure(
-    ours: Tensor, theirs: Tensor, resamples: int = RESAMPLES, seed: int = 0
-) -> Figure:
+def gain_figure(ours: Tensor, theirs: Tensor, resamples: int = RESAMPLES, seed: int = 0) -> Figure:
     """1 - mean(ours) / mean(theirs), in -inf..1: the share by which ours is smaller.
 
     ours, theirs: [N], row by row of the same pictures, so both are resampled together.
@@ -261,8 +259,8 @@ def _interval(value: float, resampled: Tensor, count: int) -> Figure:
 class CodedErrors:
     """What a coded link lost.
 
-    ber: wrong bits over bits, after channel decoding. bler: lost blocks over blocks. outage: share of
-    messages that did not arrive whole.
+    ber: wrong bits over bits, after channel decoding. bler: lost blocks over blocks. outage: share
+    of messages that did not arrive whole.
     """
 
     ber: Figure

@@ -23,7 +23,9 @@ from shared.errors import InvalidRequest
 SNRS_DB = (-6.0, 0.0, 6.0, 12.0, 18.0)
 
 
-@pytest.mark.parametrize(("snr_db", "bits"), [(-6.0, 83), (0.0, 256), (6.0, 593), (12.0, 1043), (18.0, 1537)])
+@pytest.mark.parametrize(
+    ("snr_db", "bits"), [(-6.0, 83), (0.0, 256), (6.0, 593), (12.0, 1043), (18.0, 1537)]
+)
 def test_512_reals_carry_this_many_bits(snr_db: float, bits: int) -> None:
     assert capacity_bits(snr_db) == pytest.approx(bits, abs=1)
 

@@ -30,7 +30,7 @@ from shared.adapters import NET_PER_SNR, PAPER_SNRS_DB, AdapterConfig, Adapters,
 from shared.attributes import ATTRIBUTES, Attribute
 from shared.bundle import Bundle, write_net
 from shared.errors import InvalidRequest
-from shared.stylegan2 import Generator, GeneratorConfig, to_sphere
+from shared.stylegan2 import Generator, GeneratorConfig, Synthesis, to_sphere
 from training.data import make_fake_data
 from training.teachers import make_fake_teachers
 from transmitter.faces import FaceFinder
@@ -127,20 +127,13 @@ def test_no_adapters_at_all_are_the_latent_and_its_noise() -> None:
     """At 40 dB what arrives is the latent; at 0 dB its power has doubled."""
     seen: list[Tensor] = []
 
-    class Camera(Generator):
-        @property
-        def synthesis(self) -> object:  # type: ignore[override]
-            return self.look
-
-        @synthesis.setter
-        def synthesis(self, value: object) -> None:
-            pass
-
-        def look(self, w: Tensor) -> Tensor:
+    class Camera(Synthesis):
+        def forward(self, w: Tensor) -> Tensor:
             seen.append(w)
             return torch.zeros(len(w), 3, 8, 8)
 
-    camera = Camera(GeneratorConfig(32, mapping_layers=1, channels=(4,) * 4))
+    camera = Generator(GeneratorConfig(32, mapping_layers=1, channels=(4,) * 4))
+    camera.synthesis = Camera(camera.config)
     w = to_sphere(torch.randn(64, 512, generator=torch.Generator().manual_seed(0)))
     route = Route(None, camera)
     route(w, 40.0, 1)

@@ -133,8 +133,9 @@ def principal_parts(person: Tensor) -> Tensor:
     count = min(IDENTITY_PARTS, len(person) // 10)
     if count == 0:
         return centred[:, :0]
-    parts = centred @ vectors.flip(1)[:, :count]
-    return parts / values.flip(0)[:count].clamp(min=1e-12).sqrt()
+    lengths = values.flip(0)[:count].clamp(min=1e-12).sqrt()
+    parts: Tensor = centred @ vectors.flip(1)[:, :count] / lengths
+    return parts
 
 
 def beyond(known: Tensor, columns: Tensor) -> Tensor:
