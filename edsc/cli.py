@@ -60,6 +60,7 @@ class RecipeName(StrEnum):
     FACES = "faces"
     TEXT = "text"
     GENERATOR = "generator"
+    MAPPING = "mapping"
     FIELDS = "fields"
     ADAPTERS = "adapters"
     ALL = "all"
