@@ -62,7 +62,7 @@ class Recipe:
     warmup: int = 2_000
     mse: float = 4.0
     perceptual: float = 0.3
-    identity: float = 1.0
+    identity: float = 3.0
     energy: float = 0.05
     sampled: int = 32  # latents drawn by the mapping network at every step
     codes_kept: int = 256  # of faces seen last, to compare them with
