@@ -62,6 +62,7 @@ class RecipeName(StrEnum):
     FACES = "faces"
     TEXT = "text"
     GENERATOR = "generator"
+    MAPPING = "mapping"
     FIELDS = "fields"
     ADAPTERS = "adapters"
     JUDGE = "judge"
@@ -294,14 +295,16 @@ def evaluate(
     ] = False,
     edited: Annotated[int, typer.Option(min=1, help="bundle: of them, faces to edit")] = 60,
     samples: Annotated[int, typer.Option(min=2, help="bundle: sampled faces")] = 5000,
-    quality: Annotated[Quality, typer.Option(help="bundle: of inversion and edits")] = Quality.FAST,
+    quality: Annotated[
+        Quality | None, typer.Option(help="bundle: of inversion and edits; otherwise fast")
+    ] = None,
     part: Annotated[
         list[str] | None, typer.Option(help="bundle: this part; again for more")
     ] = None,
     per_snr: Annotated[
         Path | None, typer.Option(help="bundle: another one, with the adapters per SNR")
     ] = None,
-    out: Annotated[Path, typer.Option(help="sheets: folder to draw into")] = Path("docs"),
+    sheets: Annotated[Path, typer.Option(help="sheets: folder to draw into")] = Path("docs"),
     arguments: Annotated[
         list[str] | None, typer.Argument(help="bench: passed on to it; try -- --help")
     ] = None,
@@ -316,7 +319,7 @@ def evaluate(
     if suite is Suite.SHEETS:
         from evaluation.sheets import draw
 
-        lines = draw(weights, out)
+        lines = draw(weights, sheets)
     elif suite is Suite.BUNDLE:
         from evaluation import bundle_suite
 
@@ -324,7 +327,7 @@ def evaluate(
             limit=limit,
             edited=edited,
             samples=samples,
-            quality=quality.value,
+            quality="fast" if quality is None else quality.value,
             per_snr=per_snr,
             parts=tuple(part) if part else bundle_suite.PARTS,
         )

@@ -9,9 +9,18 @@ from shared.bundle import Bundle
 from shared.errors import InvalidRequest
 from training.run import RunOptions
 
-# What `all` trains, in order: the fields want the predictor, the generator and its inversion
-# encoder; the adapters want the generator. The judge only evaluates.
-ORDER: Final = ("predictor", "faces", "text", "generator", "fields", "adapters", "judge")
+# What `all` trains, in order: the mapping network, the fields and the adapters want the generator
+# and its inversion encoder, the fields also the predictor. The judge only evaluates.
+ORDER: Final = (
+    "predictor",
+    "faces",
+    "text",
+    "generator",
+    "mapping",
+    "fields",
+    "adapters",
+    "judge",
+)
 
 
 def recipe(name: str) -> Callable[[RunOptions], None]:
@@ -33,6 +42,10 @@ def recipe(name: str) -> Callable[[RunOptions], None]:
             from training import generator
 
             return generator.train
+        case "mapping":
+            from training import mapping
+
+            return mapping.train
         case "fields":
             from training import fields
 

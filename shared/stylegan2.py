@@ -144,7 +144,15 @@ class ModulatedConv(nn.Module):
         nn.init.normal_(self.style.weight, std=0.2 / math.sqrt(w_dim))
         nn.init.ones_(self.style.bias)
 
-    def forward(self, x: Tensor, w: Tensor, up: bool = False) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        w: Tensor,
+        up: bool = False,
+        bias: Tensor | None = None,
+        gain: float = 1.0,
+    ) -> Tensor:
+        """gain (convolution + bias): one pass over the features instead of one for each factor."""
         style = self.style(w)  # [B, I]
         x = x * style.to(x.dtype)[:, :, None, None]
         if up:  # a stride-2 transposed convolution leaves a checkerboard, which the FIR removes
@@ -154,9 +162,12 @@ class ModulatedConv(nn.Module):
             x = F.conv2d(x, self.weight, padding=self.weight.shape[-1] // 2)
         if self.demodulate:
             energy = self.weight.float().square().sum((2, 3))  # [O, I]
-            scale = (style.float().square() @ energy.t() + 1e-8).rsqrt()  # [B, O]
-            x = x * scale.to(x.dtype)[:, :, None, None]
-        return x
+            scale = gain * (style.float().square() @ energy.t() + 1e-8).rsqrt()  # [B, O]
+            factor = scale.to(x.dtype)[:, :, None, None]
+            if bias is not None:
+                return torch.addcmul((gain * bias).to(x.dtype)[:, None, None], x, factor)
+            return x * factor
+        return x if bias is None else x + bias.to(x.dtype)[:, None, None]
 
 
 class StyledLayer(nn.Module):
@@ -177,10 +188,10 @@ class StyledLayer(nn.Module):
             self.register_buffer("noise", torch.randn(1, 1, size, size))
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
-        x = self.conv(x, w, self.up)
+        x = self.conv(x, w, self.up, self.bias, GAIN)
         if self.noise_strength is not None:
-            x = x + (self.noise_strength * self.noise).to(x.dtype)
-        return _activate(x + self.bias.to(x.dtype)[:, None, None])
+            x = x + (GAIN * self.noise_strength * self.noise).to(x.dtype)
+        return F.leaky_relu(x, 0.2)  # the gain is in already: the slope does not mind
 
 
 class ToRGB(nn.Module):

@@ -40,8 +40,10 @@ from shared.bundle import Bundle, write_net
 from shared.errors import InvalidRequest
 from shared.stylegan2 import Generator, to_sphere
 from shared.symbols import Reception, noise_variance_to_snr_db, snr_db_to_noise_variance
+from training.components import draft_spectrum
 from training.data import FaceSet, load_faces
 from training.run import Run, RunOptions, frozen
+from training.teachers import IDENTITY_FILE, FaceIdentity
 from transmitter.inversion import InversionEncoder
 from transmitter.predictor import Predictor
 
@@ -70,6 +72,7 @@ class AdaptersRecipe:
     probes: int = 512
     probe_noise: float = 0.3
     metric_floor: float = 0.1
+    draft_share: float = 0.3  # of the metric, where the generator has a draft
     picture_steps: int = 8
     pictures: int = 4
     picture_weight: float = 4.0
@@ -91,7 +94,7 @@ def train(options: RunOptions, recipe: AdaptersRecipe | None = None) -> None:
     with Run(recipe.net, options) as run:
         state = run.restore()
         generator = Generator.from_bundle(bundle).to(run.device)
-        distance = picture_distance(bundle, run.device)
+        distance = picture_distance(bundle, options.data, run.device)
         held_out = faces_to_latents(load_faces(options.data, "val"), bundle, run.device, limit=512)
         made_for = {net: str(bundle.index["nets"][net]["sha256"]) for net in _SOURCES}
         if state is not None and state["made_for"] != made_for:
@@ -195,13 +198,19 @@ def faces_to_latents(
     return torch.cat(parts)  # [N, k]
 
 
-def picture_distance(bundle: Bundle, device: torch.device) -> Distance:
-    """d(a, b) [B]: 4 x mean squared error, and the bundle's perceptual distance if it has one."""
+def picture_distance(bundle: Bundle, data: Path, device: torch.device) -> Distance:
+    """d(a, b) [B]: 4 x mean squared error, the bundle's perceptual distance if it has one, and
+    1 - cosine of who it is where the data folder has a recogniser."""
     predictor = Predictor.from_bundle(bundle).to(device) if bundle.has("predictor") else None
+    recogniser = FaceIdentity(data, device) if (data / "nets" / IDENTITY_FILE).is_file() else None
 
     def distance(a: Tensor, b: Tensor) -> Tensor:
-        pixels = 4 * (a - b).square().mean((1, 2, 3))
-        return pixels if predictor is None else pixels + predictor.perceptual(a, b)
+        result = 4 * (a - b).square().mean((1, 2, 3))
+        if predictor is not None:
+            result = result + predictor.perceptual(a, b)
+        if recogniser is not None and min(a.shape[2:]) >= 32:
+            result = result + 1 - (recogniser(a) * recogniser(b)).sum(1)
+        return result
 
     return distance
 
@@ -217,8 +226,9 @@ def picture_metric(
     """M [k, k] with d(G(w), G(w + e)) ~ e^T M e for channel noise e; None without probes.
 
     The gradient of d at w + e is g = 2 M e, and e is white, so M ~ (E[g g^T])^(1/2): the root is
-    positive definite by construction and no second derivative is needed. `metric_floor` of the
-    identity is mixed in, for directions that no probe happened to show.
+    positive definite by construction and no second derivative is needed. `metric_floor` of what is
+    known without probes is mixed in: how far the generator's draft moves, which a few hundred
+    probes would tell less surely, or the identity where there is no draft.
     """
     if recipe.probes == 0:
         return None
@@ -236,9 +246,14 @@ def picture_metric(
     g = torch.cat(gradients).double()  # [probes, k]
     scale, axes = torch.linalg.eigh(g.T @ g)
     metric = axes * scale.clamp_min(0).sqrt() @ axes.T
-    eye = torch.eye(len(metric), dtype=metric.dtype, device=metric.device)
+    known = torch.eye(len(metric), dtype=metric.dtype, device=metric.device)
+    share = recipe.metric_floor
+    if isinstance(generator, Generator) and generator.synthesis.draft is not None:
+        spectrum = draft_spectrum(generator, None).double()
+        known = 0.05 * known + 0.95 * torch.diag(spectrum / spectrum.mean())
+        share = recipe.draft_share
     mean = metric.diagonal().mean().clamp_min(1e-30)
-    mixed: Tensor = (1 - recipe.metric_floor) * metric / mean + recipe.metric_floor * eye
+    mixed: Tensor = (1 - share) * metric / mean + share * known
     return mixed
 
 

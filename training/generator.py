@@ -30,11 +30,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shared.adapters import water_fill
 from shared.bundle import Bundle, write_net
 from shared.errors import BundleError
 from shared.stylegan2 import Discriminator, Generator, GeneratorConfig, default_channels
-from shared.symbols import snr_db_to_noise_variance
+from training.components import draft_spectrum, noisy, pixel_weights, set_components
 from training.data import FaceSet, Order, load_faces
 from training.run import Run, RunOptions, State, frozen
 from training.teachers import FaceIdentity, SqueezeFeatures
@@ -53,20 +52,20 @@ class Recipe:
 
     length: int = 2_000_000
     batch: int = 8
-    channels: tuple[int, ...] = (256, 256, 256, 192, 96, 48)
+    channels: tuple[int, ...] = (256, 256, 256, 192, 96, 32)
     encoder_channels: tuple[int, ...] = (32, 64, 128, 192, 256)
     discriminator_channels: tuple[int, ...] = (256, 256, 192, 128, 64, 32)
     draft_size: int = 64
     pixel_weight_power: float = 0.5  # 0: plain principal components
-    rate: float = 4e-4
+    rate: float = 2e-4
     rate_falls_after: int = 16_000  # then as 1 / sqrt(images)
-    warmup: int = 1_600
+    warmup: int = 2_000
     mse: float = 4.0
     perceptual: float = 0.3
-    identity: float = 1.0
+    identity: float = 3.0
     energy: float = 0.05
-    sampled: int = 256  # latents drawn by the mapping network at every step
-    codes_kept: int = 1_024  # of faces seen last, to compare them with
+    sampled: int = 32  # latents drawn by the mapping network at every step
+    codes_kept: int = 256  # of faces seen last, to compare them with
     adversary: float = 0.03
     adversary_from: int = 40_000
     discriminator_rate: float = 1e-3
@@ -161,7 +160,7 @@ class Nets:
         self.discriminator = Discriminator(config.image_size, recipe.discriminator_channels)
         self.discriminator.to(**form)  # type: ignore[call-overload]
         self.optimiser = torch.optim.AdamW(
-            rate_groups(self.generator, self.encoder), lr=recipe.rate, betas=(0.9, 0.98)
+            rate_groups(self.generator, self.encoder), recipe.rate, (0.9, 0.98), fused=True
         )
         self.critic = torch.optim.Adam(
             self.discriminator.parameters(), lr=recipe.discriminator_rate, betas=(0.0, 0.99)
@@ -194,37 +193,11 @@ class Nets:
     @torch.no_grad()
     def start_from_components(self, faces: FaceSet, judges: "Judges", recipe: Recipe) -> None:
         """Give the generator's draft and the encoder's projection the faces' components."""
-        draft, projection = self.generator.synthesis.draft, self.encoder.projection
-        assert draft is not None
-        assert projection is not None
-        weight = pixel_weights(faces, judges, recipe)
-        found = principal_components(faces, weight, self.generator.config.w_dim - 1)
-        deviation, axes, mean = found.deviation, found.axes, found.mean
-        projection.mean.copy_(mean)
-        known = (deviation > 0)[:, None]
-        projection.analysis.copy_(
-            torch.where(known, axes * weight.flatten() / deviation.clamp_min(1e-9)[:, None], 0.0)
-        )
-        coordinates = torch.cat(
-            [
-                projection(faces.batch(index).to(self.device))
-                for index in torch.arange(min(len(faces), 4096)).split(256)
-            ]
-        )
-        norms = coordinates.norm(dim=1).log()
-        projection.level.copy_(norms.mean())
-        projection.spread.copy_(norms.std().clamp_min(0.05))
-        draft.spread.copy_(projection.spread)
-        draft.mean.copy_(mean.reshape(draft.mean.shape))
-        # Coordinates come with their norm exp(level + spread w_D), the sphere has sqrt(D).
-        scale = float(projection.level.exp()) / self.generator.config.w_dim**0.5
-        drawn = axes / weight.flatten() * deviation[:, None] * scale
-        draft.basis.copy_(drawn.reshape(draft.basis.shape))
-        for smooth, live in (
-            (self.smooth_generator, self.generator),
-            (self.smooth_encoder, self.encoder),
-        ):
-            smooth.load_state_dict(live.state_dict())
+        size, power = recipe.draft_size, recipe.pixel_weight_power
+        weight = pixel_weights(faces, judges.identity, size, power, self.device)
+        set_components(self.generator, self.encoder, faces, weight)
+        self.smooth_generator.load_state_dict(self.generator.state_dict())
+        self.smooth_encoder.load_state_dict(self.encoder.state_dict())
         self.spectrum = draft_spectrum(self.generator, weight)
 
     def start_from_bundle(self, folder: Path) -> int:
@@ -303,18 +276,19 @@ def rate_groups(generator: Generator, encoder: InversionEncoder) -> list[dict[st
 
     A step moves every weight alike, so a layer that sums 512 inputs of one sign moves its output
     512 times as far. Demodulated and batch-normalised convolutions do not mind; styles, RGB,
-    the mapping network and the encoder's head do.
+    the mapping network and the encoder's head do. The draft is right already, and nearly so is
+    what the encoder projects: corrections come slowly, or the noise of small batches undoes them.
     """
-    scales: dict[float, list[nn.Parameter]] = {1.0: [], 0.3: [], 0.1: [], 0.03: []}
+    scales: dict[float, list[nn.Parameter]] = {1.0: [], 0.3: [], 0.1: [], 0.005: []}
     for name, parameter in generator.named_parameters():
-        if name.startswith("mapping"):
-            scales[0.03].append(parameter)
-        elif "style" in name:
+        if name.startswith("synthesis.draft"):
+            scales[0.005].append(parameter)
+        elif "style" in name or name.startswith("mapping"):
             scales[0.1].append(parameter)
         else:
             scales[0.3 if "to_rgb" in name else 1.0].append(parameter)
     for name, parameter in encoder.named_parameters():
-        scales[0.03 if name.startswith("head") else 1.0].append(parameter)
+        scales[0.005 if name.startswith("head") else 0.1].append(parameter)
     return [{"params": parameters, "scale": scale} for scale, parameters in scales.items()]
 
 
@@ -323,92 +297,6 @@ def learning_rate(recipe: Recipe, images: int) -> float:
     rise = min(1.0, (images + recipe.batch) / recipe.warmup)
     fall: float = min(1.0, (recipe.rate_falls_after / max(images, 1)) ** 0.5)
     return recipe.rate * rise * fall
-
-
-@dataclass(frozen=True)
-class Components:
-    """mean [3 R R] of the reduced pictures; axes [K, 3 R R], orthonormal after weighting;
-    deviation [K]: standard deviation along each, largest first, 0 where there were too few faces.
-    """
-
-    mean: Tensor
-    axes: Tensor
-    deviation: Tensor
-
-
-def pixel_weights(faces: FaceSet, judges: "Judges", recipe: Recipe, count: int = 256) -> Tensor:
-    """How much each pixel counts, [3, R, R], mean 1: where a recogniser's answer depends on it.
-
-    The mean squared gradient of 1 - cosine at softened faces, left-right symmetric, smoothed, to
-    the power `pixel_weight_power` of an energy (half of that for the amplitudes returned here).
-    """
-    size, device = recipe.draft_size, next(judges.squeeze.parameters(), torch.zeros(0)).device
-    energy = torch.zeros(1, 1, *faces.images.shape[2:], device=device)
-    chosen = torch.arange(0, len(faces), max(1, len(faces) // count))[:count]
-    for index in chosen.split(32):
-        image = faces.batch(index).to(device)
-        soft = F.interpolate(F.avg_pool2d(image, 4), scale_factor=4.0, mode="bicubic")
-        with torch.enable_grad():
-            soft.requires_grad_(True)
-            far = 1 - (judges.identity(soft) * judges.identity(image)).sum(1)
-            (slope,) = torch.autograd.grad(far.sum(), soft)
-        energy += slope.square().sum((0, 1), keepdim=True)
-    energy = energy + energy.flip(3)
-    smooth = F.avg_pool2d(F.pad(energy, (8,) * 4, mode="reflect"), 17, 1)
-    reduced = F.avg_pool2d(smooth, smooth.shape[-1] // size)[0]
-    relative = reduced / reduced.mean().clamp_min(1e-30) + 0.02
-    weight = relative.pow(recipe.pixel_weight_power / 2).expand(3, -1, -1)
-    return weight / weight.mean()
-
-
-@torch.no_grad()
-def principal_components(faces: FaceSet, weight: Tensor, count: int) -> Components:
-    """The `count` strongest components of the weighted, reduced faces and their mirror images."""
-    size = weight.shape[-1]
-    rows = []
-    for index in torch.arange(len(faces)).split(256):
-        small = F.avg_pool2d(faces.batch(index), faces.images.shape[-1] // size)
-        rows += [small, small.flip(3)]
-    data = torch.cat(rows).flatten(1).to(weight.device)
-    mean = data.mean(0)
-    data = data.sub_(mean).mul_(weight.flatten())
-    rank = min(count, *data.shape)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        _, singular, axes = torch.svd_lowrank(data, q=min(rank + 64, *data.shape), niter=2)
-    deviation = torch.zeros(count, device=data.device)
-    deviation[:rank] = singular[:rank] / len(data) ** 0.5
-    deviation[deviation < 1e-4 * deviation[0]] = 0.0
-    full = torch.zeros(count, data.shape[1], device=data.device)
-    full[:rank] = axes.t()[:rank]
-    return Components(mean, full, deviation)
-
-
-@torch.no_grad()
-def draft_spectrum(generator: Generator, weight: Tensor | None) -> Tensor:
-    """[D]: how much the weighted picture moves, squared, with each number of the latent."""
-    draft = generator.synthesis.draft
-    assert draft is not None
-    basis = draft.basis if weight is None else draft.basis * weight
-    energy = basis.flatten(1).square().sum(1)  # [D - 1]
-    length = draft.spread.square() * energy.sum()
-    spectrum = torch.cat([energy, length.reshape(1)])
-    return spectrum.clamp_min(1e-4 * float(spectrum.mean()))
-
-
-def noisy(w: Tensor, snr_db: Tensor, draws: torch.Generator, spectrum: Tensor) -> Tensor:
-    """The posterior mean of w [B, D] after the closed-form code and AWGN at snr_db [B].
-
-    Component i, of unit variance and worth `spectrum` [D], is sent with the power p_i of
-    water-filling: w_hat_i = sqrt(p_i) (sqrt(p_i) w_i + n_i) / (p_i + N0).
-    """
-    noise_variance = snr_db_to_noise_variance(snr_db).to(w)[:, None]  # [B, 1]
-    falling = spectrum.argsort(descending=True)
-    power = torch.empty_like(w)
-    power[:, falling] = water_fill(spectrum[falling], noise_variance[:, 0])
-    noise = torch.randn(w.shape, generator=draws).to(w)
-    received = power.sqrt() * w + noise_variance.sqrt() * noise
-    return power.sqrt() * received / (power + noise_variance)
 
 
 def draw_snr_db(recipe: Recipe, draws: torch.Generator) -> Tensor:
