@@ -164,9 +164,13 @@ class ModulatedConv(nn.Module):
             energy = self.weight.float().square().sum((2, 3))  # [O, I]
             scale = gain * (style.float().square() @ energy.t() + 1e-8).rsqrt()  # [B, O]
             factor = scale.to(x.dtype)[:, :, None, None]
-            if bias is not None:
-                return torch.addcmul((gain * bias).to(x.dtype)[:, None, None], x, factor)
-            return x * factor
+            if bias is None:
+                return x * factor
+            shift = (gain * bias).to(x.dtype)[:, None, None]
+            if torch.is_grad_enabled():
+                return torch.addcmul(shift, x, factor)
+            # In place: of a batch of tensors, fresh memory costs more than the arithmetic.
+            return x.mul_(factor).add_(shift)
         return x if bias is None else x + bias.to(x.dtype)[:, None, None]
 
 
@@ -191,7 +195,8 @@ class StyledLayer(nn.Module):
         x = self.conv(x, w, self.up, self.bias, GAIN)
         if self.noise_strength is not None:
             x = x + (GAIN * self.noise_strength * self.noise).to(x.dtype)
-        return F.leaky_relu(x, 0.2)  # the gain is in already: the slope does not mind
+        # The gain is in already: the slope does not mind.
+        return F.leaky_relu(x, 0.2, inplace=not torch.is_grad_enabled())
 
 
 class ToRGB(nn.Module):
@@ -203,8 +208,14 @@ class ToRGB(nn.Module):
         self.bias = nn.Parameter(torch.zeros(3))
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
-        rgb: Tensor = self.conv(x, w).float() + self.bias[:, None, None]
-        return rgb
+        if torch.is_grad_enabled():
+            rgb: Tensor = self.conv(x, w).float() + self.bias[:, None, None]
+            return rgb
+        # The same with the style in the weights: no modulated copy of all the features.
+        weight = self.conv.weight[:, :, 0, 0] * self.conv.style(w)[:, None]  # [B, 3, I]
+        pixels = x.permute(0, 2, 3, 1).flatten(1, 2)  # [B, H W, I], no copy in channels-last
+        drawn = (pixels @ weight.to(x.dtype).transpose(1, 2)).float() + self.bias  # [B, H W, 3]
+        return torch.unflatten(drawn.transpose(1, 2), 2, x.shape[2:])
 
 
 class Draft(nn.Module):

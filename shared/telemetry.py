@@ -28,6 +28,8 @@ DURATION_BUCKETS: Final = (
     0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0,
 )  # fmt: skip
 
+BATCH_BUCKETS: Final = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0, 64.0)
+
 _LEVELS: Final = {
     "debug": logging.DEBUG,
     "info": logging.INFO,
@@ -102,6 +104,18 @@ class Metrics:
             "edsc_queue_depth", "Requests waiting for their turn.", ["service"],
             registry=self.registry,
         ).labels(service)  # fmt: skip
+        self.active = Gauge(
+            "edsc_active", "Requests in progress in the worker, which may share its passes.",
+            ["service"], registry=self.registry,
+        ).labels(service)  # fmt: skip
+        self._batch_size = Histogram(
+            "edsc_batch_size", "Items in one pass through a network.", ["service", "operation"],
+            buckets=BATCH_BUCKETS, registry=self.registry,
+        )  # fmt: skip
+        self._dropped = Counter(
+            "edsc_dropped", "Requests given up in progress: their caller left or ran out of time.",
+            ["service"], registry=self.registry,
+        )  # fmt: skip
         self.ready = Gauge(
             "edsc_ready", "1 once weights are loaded and warm.", ["service"], registry=self.registry
         ).labels(service)
@@ -114,6 +128,14 @@ class Metrics:
     def rejected(self, reason: str) -> None:
         """Count one request turned away; reason is a kind of error or "queue_full"."""
         self._rejected.labels(self.service, reason).inc()
+
+    def batch(self, operation: str, items: int) -> None:
+        """Count one pass of an operation, by how many items shared it."""
+        self._batch_size.labels(self.service, operation).observe(items)
+
+    def dropped(self) -> None:
+        """Count one request given up between two of its steps."""
+        self._dropped.labels(self.service).inc()
 
     def stages(self, timings_ms: Mapping[str, float]) -> None:
         """Record the duration of every stage, given in milliseconds."""

@@ -1,26 +1,34 @@
-"""One thread that does a process's work, a bounded queue before it, and the calls that wait in it.
+"""One thread that does a process's work, bounded queues before it, and the calls that wait there.
 
 ::
 
-    handler threads            Worker
-    call, call, call --submit--> [ queue ] --> one thread --> results
-                                    |
-             hung up or too late: dropped before it costs anything
+    handler threads              Worker, one thread
+    calls --submit--> [ lane: fast  ] --.    requests in progress       one pass of a network
+          --submit--> [ lane: paper ] --+--> A asks LOOK x 3  --.
+                          |             '--> B asks LOOK x 1  --+-----> LOOK on 4 items
+                          |                  C asks ENCODE x 1
+       hung up or too late: dropped before and between the steps
+
+Batching is continuous: a request joins the others between two passes and leaves when it is done,
+however many steps theirs take. Lanes share the thread's time evenly, so that neither a stream of
+quick requests nor a few long ones can keep the other kind waiting.
 
 Two inferences at once on the same cores finish no sooner than one after the other, and torch
 keeps a team of OpenMP threads for every thread that calls it: so there is one.
 """
 
 import contextvars
-import queue
 import re
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable
-from concurrent.futures import CancelledError, Future
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any, Final, Protocol, TypeVar
 
+from shared.batching import Ask, Operation, Steps
 from shared.errors import Busy, Cancelled, DeadlineExceeded, EdscError
 from shared.telemetry import Metrics, Stopwatch
 
@@ -115,61 +123,110 @@ class Call:
             raise self.gone()
 
 
-class Worker:
-    """One thread that does the work of a process, first come first served, with bounded waiting.
+@dataclass(eq=False)
+class _Lane:
+    """Requests of one kind: those that wait, how many are in progress, and the time they had."""
 
-    waiting: how many may wait beside the one being served (count). Raises Busy beyond.
+    name: str
+    waiting: "deque[_Job]" = field(default_factory=deque)
+    active: int = 0
+    spent_s: float = 0.0
+
+
+@dataclass(eq=False)
+class _Job:
+    """A request from its submission to its answer."""
+
+    lane: _Lane
+    call: Call | None
+    begin: Callable[[], Steps[Any]]
+    future: Future[Any]
+    context: contextvars.Context
+    queued_at: float
+    steps: Steps[Any] | None = None
+    wanted: Ask | None = None  # what it waits for
+    aside: Future[list[Any]] | None = None  # its step on the side thread, under way or done
+    admitted: bool = False
+
+    def gone(self) -> bool:
+        return self.call is not None and self.call.cancelled()
+
+
+class Worker:
+    """One thread that does the work of a process, in steps that requests share, bounded waiting.
+
+    waiting: how many requests may wait in a lane beside those in progress (count); Busy beyond.
+    max_batch: requests in progress in a lane (count). max_delay_s: how long the first request after
+    a pause waits for company. lanes: kinds of requests; each gets an even share of the time.
     """
 
-    def __init__(self, waiting: int, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        waiting: int,
+        metrics: Metrics,
+        *,
+        max_batch: int = 1,
+        max_delay_s: float = 0.0,
+        lanes: Sequence[str] = ("",),
+    ) -> None:
         self._waiting = waiting
         self._metrics = metrics
-        self._jobs: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = (
-            queue.SimpleQueue()
-        )
-        self._lock = threading.Lock()
-        self._running = 0
-        self._queued = 0
+        self._max_batch = max_batch
+        self._max_delay_s = max_delay_s
+        self._lanes = {name: _Lane(name) for name in lanes}
+        self._default = lanes[0]
+        self._active: list[_Job] = []  # in order of admission; the worker thread's own
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._side = ThreadPoolExecutor(1, thread_name_prefix="aside")
         self._thread = threading.Thread(target=self._work, name="worker", daemon=True)
         self._thread.start()
 
-    def submit(self, call: Call | None, work: Callable[[], T]) -> Future[T]:
+    # ----------------------------------------------------------------------- any thread
+
+    def submit(
+        self, call: Call | None, work: Callable[[], T], lane: str | None = None
+    ) -> Future[T]:
         """Queue `work`; it is forgotten if `call` ends before its turn. None: work of our own."""
+
+        def begin() -> Steps[T]:
+            return work()
+            yield  # never reached: makes this a request that asks for nothing
+
+        return self.submit_steps(call, begin, lane)
+
+    def submit_steps(
+        self, call: Call | None, begin: Callable[[], Steps[T]], lane: str | None = None
+    ) -> Future[T]:
+        """Queue a request in steps. It ends as soon as `call` does, also between its steps.
+
+        lane: which; None: the first. Raises Busy when that lane is full.
+        """
+        mine = self._lanes[self._default if lane is None else lane]
         future: Future[T] = Future()
-        with self._lock:
-            if self._running + self._queued > self._waiting:
+        job = _Job(mine, call, begin, future, contextvars.copy_context(), time.perf_counter())
+        with self._changed:
+            if mine.active + len(mine.waiting) >= self._waiting + self._max_batch:
                 self._metrics.rejected("queue_full")
                 raise Busy(
-                    f"{self._queued} requests are waiting, expected at most {self._waiting}:"
+                    f"{len(mine.waiting)} requests are waiting, expected at most {self._waiting}:"
                     " try again in a moment"
                 )
-            self._queued += 1
-        self._metrics.queue_depth.inc()
-        future.add_done_callback(self._forget)
+            mine.waiting.append(job)
+            self._metrics.queue_depth.inc()
+            self._changed.notify_all()
+        future.add_done_callback(lambda _: self._forget(job))
         if call is not None:
-            call.on_end(future.cancel)
-        context = contextvars.copy_context()
-        queued_at = time.perf_counter()
-
-        def job() -> T:
-            if call is not None:
-                call.watch.add("queue", (time.perf_counter() - queued_at) * 1000.0)
-                call.check()
-            return context.run(work)
-
-        self._jobs.put((future, job))
+            call.on_end(lambda: self._left(job))
         return future
 
-    def _forget(self, future: Future[Any]) -> None:
-        # Cancelled means: before its turn. Whatever ran has left the queue in _work.
-        if future.cancelled():
-            self._metrics.queue_depth.dec()
-            with self._lock:
-                self._queued -= 1
-
-    def run(self, call: Call, work: Callable[[], T]) -> T:
+    def run(self, call: Call, work: Callable[[], T], lane: str | None = None) -> T:
         """Queue `work` and wait for its result, no longer than the call may take."""
-        return self.wait(call, self.submit(call, work))
+        return self.wait(call, self.submit(call, work, lane))
+
+    def run_steps(self, call: Call, begin: Callable[[], Steps[T]], lane: str | None = None) -> T:
+        """Queue a request in steps and wait for its answer, no longer than the call may take."""
+        return self.wait(call, self.submit_steps(call, begin, lane))
 
     @staticmethod
     def wait(call: Call, future: Future[T]) -> T:
@@ -182,31 +239,198 @@ class Worker:
 
     def stop(self, timeout_s: float) -> bool:
         """End the thread after the work it has; whether it ended in time."""
-        self._jobs.put(None)
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
         self._thread.join(timeout_s)
+        self._side.shutdown(wait=False, cancel_futures=True)
         return not self._thread.is_alive()
 
-    def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            future, work = job
-            if not future.set_running_or_notify_cancel():
-                continue
-            self._metrics.queue_depth.dec()
-            with self._lock:
-                self._queued -= 1
-                self._running = 1
-            try:
-                result = work()
-            except BaseException as error:
-                self._free()
-                future.set_exception(error)
-            else:
-                self._free()
-                future.set_result(result)
-            # The next get() may wait long; nothing of this request should stay in memory meanwhile.
-            del job, future, work
+    def _left(self, job: _Job) -> None:
+        # Before its turn that is all; in progress, the worker finds out between two steps.
+        if not job.future.cancel():
+            with self._changed:
+                self._changed.notify_all()
 
-    def _free(self) -> None:
+    def _forget(self, job: _Job) -> None:
+        with self._changed:
+            if not job.admitted:  # cancelled before its turn: its photo should not lie in memory
+                job.admitted = True
+                job.lane.waiting.remove(job)
+                self._metrics.queue_depth.dec()
+
+    # ----------------------------------------------------------------------- the worker thread
+
+    def _work(self) -> None:
+        while self._wait():
+            for job in self._admit():
+                self._begin(job)
+            self._drop_those_who_left()
+            self._take_back()
+            self._step()
+            job = None  # type: ignore[assignment]  # its photo: the next wait may be long
+
+    def _wait(self) -> bool:
+        """Wait until there is something to do; False once stopped and done."""
+        with self._changed:
+            while not self._something_to_do():
+                if self._stopping and not self._active:
+                    return False
+                self._changed.wait()
+            if not self._active and self._max_delay_s > 0.0:
+                self._wait_for_company()
+        return True
+
+    def _admit(self) -> list[_Job]:
+        """The requests whose turn it is."""
+        with self._changed:
+            admitted = []
+            for lane in self._lanes.values():
+                while lane.waiting and lane.active < self._max_batch:
+                    job = lane.waiting.popleft()
+                    job.admitted = True
+                    self._metrics.queue_depth.dec()
+                    if not job.future.set_running_or_notify_cancel():
+                        continue
+                    if not lane.active:  # time that a lane did not ask for is no credit
+                        others = [one.spent_s for one in self._lanes.values() if one.active]
+                        lane.spent_s = max(lane.spent_s, min(others, default=lane.spent_s))
+                    lane.active += 1
+                    self._active.append(job)
+                    admitted.append(job)
+            self._metrics.active.set(len(self._active))
+            return admitted
+
+    def _something_to_do(self) -> bool:
+        return any(
+            lane.waiting and lane.active < self._max_batch for lane in self._lanes.values()
+        ) or any(job.gone() or job.aside is None or job.aside.done() for job in self._active)
+
+    def _wait_for_company(self) -> None:
+        """The pause before a batch that would start with too few."""
+        while not self._stopping:
+            waiting = [job for lane in self._lanes.values() for job in lane.waiting]
+            if not waiting or any(
+                len(lane.waiting) >= self._max_batch for lane in self._lanes.values()
+            ):
+                return
+            left_s = waiting[0].queued_at + self._max_delay_s - time.perf_counter()
+            if left_s <= 0.0:
+                return
+            self._changed.wait(left_s)
+
+    def _begin(self, job: _Job) -> None:
+        if job.call is not None:
+            job.call.watch.add("queue", (time.perf_counter() - job.queued_at) * 1000.0)
+            if job.gone():
+                return  # found and dropped with the others who left
+        try:
+            job.steps = job.context.run(job.begin)
+        except BaseException as error:
+            self._end(job, error=error)
+        else:
+            self._resume(job, None)
+
+    def _resume(self, job: _Job, results: list[Any] | None) -> None:
+        """Hand a request what it asked for; it asks the next thing or is done."""
+        assert job.steps is not None
+        job.wanted = job.aside = None
+        try:
+            wanted = job.context.run(job.steps.send, results)  # type: ignore[arg-type]
+        except StopIteration as end:
+            self._end(job, result=end.value)
+        except BaseException as error:
+            self._end(job, error=error)
+        else:
+            job.wanted = wanted
+            if wanted.operation.aside:
+                job.aside = self._side.submit(wanted.operation, wanted.items)
+                job.aside.add_done_callback(lambda _: self._wake())
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _end(self, job: _Job, result: Any = None, error: BaseException | None = None) -> None:
+        if job.steps is not None:
+            job.steps.close()
+        if job.aside is not None:
+            job.aside.cancel()
         # Before the answer is out: whoever got it may ask again at once and must find room.
-        with self._lock:
-            self._running = 0
+        with self._changed:
+            self._active.remove(job)
+            job.lane.active -= 1
+            self._metrics.active.set(len(self._active))
+        if error is not None:
+            job.future.set_exception(error)
+        else:
+            job.future.set_result(result)
+
+    def _drop_those_who_left(self) -> None:
+        for job in [job for job in self._active if job.gone()]:
+            assert job.call is not None
+            self._metrics.dropped()
+            self._end(job, error=job.call.gone())
+
+    def _take_back(self) -> None:
+        """Requests whose step on the side thread is done go on."""
+        for job in [job for job in self._active if job.aside is not None and job.aside.done()]:
+            assert job.aside is not None
+            if (error := job.aside.exception()) is not None:
+                self._end(job, error=error)
+            else:
+                self._resume(job, job.aside.result())
+
+    def _step(self) -> None:
+        """One pass: an operation, on the items of as many requests as ask for it and fit."""
+        ready = [job for job in self._active if job.wanted is not None and job.aside is None]
+        if not ready:
+            return
+        cheap = [job for job in ready if _operation(job).cheap]
+        lane = min((job.lane for job in cheap or ready), key=lambda lane: lane.spent_s)
+        first = next(job for job in cheap or ready if job.lane is lane)
+        operation = _operation(first)
+        jobs, items = [], 0
+        # The lane whose turn it is first, and in it the oldest: they end sooner, none the later.
+        for job in sorted(ready, key=lambda job: job.lane is not lane):
+            assert job.wanted is not None
+            if job.wanted.operation is operation and (
+                not jobs or items + len(job.wanted.items) <= operation.most
+            ):
+                jobs.append(job)
+                items += len(job.wanted.items)
+        start = time.perf_counter()
+        answers = _results(operation, [job.wanted.items for job in jobs if job.wanted])
+        elapsed_s = time.perf_counter() - start
+        self._metrics.batch(operation.name, items)
+        for job, answer in zip(jobs, answers, strict=True):
+            assert job.wanted is not None
+            job.lane.spent_s += elapsed_s * len(job.wanted.items) / max(1, items)
+            if isinstance(answer, BaseException):
+                self._end(job, error=answer)
+            else:
+                self._resume(job, answer)
+
+
+def _operation(job: _Job) -> Operation[Any, Any]:
+    assert job.wanted is not None
+    return job.wanted.operation
+
+
+def _results(
+    operation: Operation[Any, Any], asked: list[Sequence[Any]]
+) -> list[list[Any] | BaseException]:
+    """What each request asked for, from one call; the error of a request that spoils a call is its
+    own, not its neighbours'.
+    """
+    try:
+        together = operation([item for items in asked for item in items])
+    except Exception as error:
+        if len(asked) == 1:
+            return [error]
+        return [_results(operation, [items])[0] for items in asked]
+    results: list[list[Any] | BaseException] = []
+    for items in asked:
+        results.append(together[: len(items)])
+        together = together[len(items) :]
+    return results

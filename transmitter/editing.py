@@ -14,7 +14,7 @@ of its steps at a time (`MatchLimits`). With one look per step it is the paper's
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any, Literal, Protocol
@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared.attributes import ATTRIBUTES, Attribute, Edit
+from shared.batching import Operation, Steps, alone, ask, ask_one
 from shared.bundle import Bundle
 from shared.errors import Cancelled
 
@@ -160,7 +161,8 @@ class Match:
 
     w [1,512]; before, after: the degrees [5] int64 the predictor sees on G(w) before and after;
     expected: the degree asked of the edited attribute, 0..5 (Eq. 10); steps walked to w; reached:
-    whether after[attribute] == expected; looks: pictures drawn and judged, the first included.
+    whether after[attribute] == expected; image [1,3,H,W]: G(w) as it was drawn, not clamped;
+    looks: pictures drawn and judged, the first included.
     """
 
     w: Tensor
@@ -169,6 +171,7 @@ class Match:
     after: Tensor
     steps: int
     reached: bool
+    image: Tensor
     looks: int = 1
 
 
@@ -191,7 +194,77 @@ class Judge(Protocol):
     def score_logits(self, scores: Tensor) -> Tensor: ...
 
 
-@torch.no_grad()
+@dataclass(frozen=True, eq=False)
+class Look:
+    """What was seen at a latent: the picture [1, 3, H, W] and its scores [5]."""
+
+    image: Tensor
+    scores: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Stretch:
+    """A part of a walk: from w [1, 512], `steps` turns of `turn_rad` along an attribute's field."""
+
+    w: Tensor
+    attribute: Attribute
+    turn_rad: float
+    steps: int
+
+
+@dataclass(frozen=True, eq=False)
+class Matching:
+    """The networks of the matching as operations that requests can share.
+
+    look: latents [1, 512] -> pictures and scores. walk: stretches -> the latents along them, each
+    [1, 512]. config, judge: of the fields and of the predictor behind them.
+    """
+
+    look: Operation[Tensor, Look]
+    walk: Operation[Stretch, list[Tensor]]
+    config: FieldsConfig
+    judge: Judge
+
+    @classmethod
+    def of(cls, generator: Renderer, fields: Fields, predictor: Judge, most: int = 8) -> Matching:
+        """most: pictures in one pass."""
+
+        @torch.no_grad()
+        def look(latents: Sequence[Tensor]) -> Sequence[Look]:
+            images = generator.synthesis(torch.cat(list(latents)))
+            scores = predictor.scores(images)  # [B, 5]
+            # Clones: a picture that is kept should not keep the others of its batch in memory.
+            return [Look(images[i : i + 1].clone(), scores[i].clone()) for i in range(len(latents))]
+
+        @torch.no_grad()
+        def walk(stretches: Sequence[Stretch]) -> Sequence[list[Tensor]]:
+            return _walk_together(fields, stretches)
+
+        return cls(
+            Operation("look", look, most),
+            Operation("walk", walk, cheap=True),
+            fields.config,
+            predictor,
+        )
+
+
+def _walk_together(fields: Fields, stretches: Sequence[Stretch]) -> list[list[Tensor]]:
+    """All stretches, step by step. A field is 8 MB of weights: those on the same one share it."""
+    paths: list[list[Tensor]] = [[] for _ in stretches]
+    for attribute in dict.fromkeys(stretch.attribute for stretch in stretches):
+        going = [i for i, one in enumerate(stretches) if one.attribute is attribute]
+        w = torch.cat([stretches[i].w for i in going])  # [B, 512]
+        turns = torch.tensor([[stretches[i].turn_rad] for i in going], device=w.device)  # [B, 1]
+        for step in range(max(stretches[i].steps for i in going)):
+            still = [row for row, i in enumerate(going) if stretches[i].steps > step]
+            if len(still) < len(going):
+                going, w, turns = [going[row] for row in still], w[still], turns[still]
+            w = fields.step(w, attribute, turns)
+            for row, i in enumerate(going):
+                paths[i].append(w[row : row + 1])
+    return paths
+
+
 def match(
     w: Tensor,
     edit: Edit,
@@ -211,58 +284,92 @@ def match(
     nearest is returned with `reached` False. A face that already shows it is returned as it is.
     `progress` gets 0..1. Raises Cancelled once `cancelled()` is true, ValueError for a wrong shape.
     """
+    networks = Matching.of(generator, fields, predictor)
+    return alone(
+        matching(
+            w,
+            edit,
+            networks,
+            max_steps=max_steps,
+            limits=limits,
+            cancelled=cancelled,
+            progress=progress,
+        )
+    )
+
+
+def matching(
+    w: Tensor,
+    edit: Edit,
+    networks: Matching,
+    *,
+    max_steps: int | None = None,
+    limits: MatchLimits | Quality = "balanced",
+    cancelled: Callable[[], bool] | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> Steps[Match]:
+    """`match` as a request in steps: what it walks and looks at can be shared with others."""
     if w.ndim != 2 or w.shape[0] != 1:
-        raise ValueError(f"w must be [1, {fields.config.width}], got {list(w.shape)}")
+        raise ValueError(f"w must be [1, {networks.config.width}], got {list(w.shape)}")
     limit = LIMITS[limits] if isinstance(limits, str) else limits
     steps = limit.max_steps if max_steps is None else max_steps
-    turn_rad = limit.stride * fields.config.step_rad
-    walk = _Walk(w, edit, generator, fields, predictor, cancelled, turn_rad)
+    walk = _Walk(w, edit, networks, cancelled, limit.stride * networks.config.step_rad)
+    yield from walk.look([0])
     before = walk.degrees(0)
     expected = edit.expected(int(before[walk.index]))  # Eq. (10)
     if expected == int(before[walk.index]):
-        return Match(w, before, expected, before, 0, True)
+        return Match(w, before, expected, before, 0, True, walk.image)
     walk.head_for(expected)
     if limit.looks is None:
-        _watch_every_step(walk, steps, limit, progress)
+        yield from _watch_every_step(walk, steps, limit, progress)
     else:
-        _watch_some_steps(walk, steps, limit, limit.looks, progress)
-    best = walk.best()
-    after = walk.degrees(best)
-    reached = int(after[walk.index]) == expected
+        yield from _watch_some_steps(walk, steps, limit, limit.looks, progress)
+    after = walk.degrees(walk.best)
     return Match(
-        walk.latent(best).clone(), before, expected, after, best, reached, len(walk.scores)
+        w=walk.path[walk.best].clone(),
+        before=before,
+        expected=expected,
+        after=after,
+        steps=walk.best,
+        reached=int(after[walk.index]) == expected,
+        image=walk.image,
+        looks=len(walk.scores),
     )
 
 
 class _Walk:
-    """The path of one edit: latents by step, and the scores of the steps that were looked at."""
+    """The path of one edit: latents by step, and the scores of the steps that were looked at.
+
+    best: the most confident step at the target (Eq. 11), else the one whose score is nearest.
+    image: the picture drawn there.
+    """
 
     def __init__(
         self,
         w: Tensor,
         edit: Edit,
-        generator: Renderer,
-        fields: Fields,
-        predictor: Judge,
+        networks: Matching,
         cancelled: Callable[[], bool] | None,
         turn_rad: float,
     ) -> None:
         self.attribute, self.index = edit.attribute, edit.attribute.index
-        self.generator, self.fields, self.predictor = generator, fields, predictor
+        self.networks, self.judge = networks, networks.judge
         self.cancelled, self.turn_rad = cancelled, turn_rad
         self.path = [w]
         self.scores: dict[int, Tensor] = {}  # step -> scores [5]
         self.sign, self.expected = 1, 0
         self.low = self.high = 0.0
-        self.look([0])
+        self.best, self.image = 0, w  # until the first look
+        self._worth = (0, 0.0, 0)
 
     def head_for(self, expected: int) -> None:
         """Set the degree to reach: its interval of the score, and the way to walk."""
-        cuts = self.predictor.cuts[self.index].tolist()
+        cuts = self.judge.cuts[self.index].tolist()
         self.expected = expected
         self.low = cuts[expected - 1] if expected > 0 else -math.inf
         self.high = cuts[expected] if expected < len(cuts) else math.inf
         self.sign = 1 if self.score(0) < self.low else -1
+        self._worth = self._rank(0)
 
     @property
     def aim(self) -> float:
@@ -273,33 +380,41 @@ class _Walk:
             return self.low + 1.5
         return (self.low + self.high) / 2
 
-    def latent(self, step: int) -> Tensor:
-        turn_rad = self.sign * self.turn_rad
-        while len(self.path) <= step:
-            self.path.append(self.fields.step(self.path[-1], self.attribute, turn_rad))
-        return self.path[step]
-
-    def look(self, steps: list[int]) -> None:
+    def look(self, steps: list[int]) -> Steps[None]:
         """Draw the steps' faces and judge them, in one batch."""
         if self.cancelled is not None and self.cancelled():
             raise Cancelled("the edit was cancelled while matching the attribute")
         new = [step for step in steps if step not in self.scores]
-        if new:
-            images = self.generator.synthesis(torch.cat([self.latent(step) for step in new]))
-            for step, scores in zip(new, self.predictor.scores(images), strict=True):
-                self.scores[step] = scores
+        if not new:
+            return
+        if (missing := max(new) + 1 - len(self.path)) > 0:
+            stretch = Stretch(self.path[-1], self.attribute, self.sign * self.turn_rad, missing)
+            self.path += yield from ask_one(self.networks.walk, stretch)
+        seen = yield from ask(self.networks.look, [self.path[step] for step in new])
+        for step, look in zip(new, seen, strict=True):
+            self.scores[step] = look.scores
+            if step == 0:
+                self.image = look.image
+            elif (worth := self._rank(step)) > self._worth:
+                self.best, self.image, self._worth = step, look.image, worth
+
+    def _rank(self, step: int) -> tuple[int, float, int]:
+        """At the target by confidence, before all that are not, by nearness; the earlier first."""
+        if self.at_target(step):
+            return 1, self.confidence(step), -step
+        return 0, -self.lacks(step), -step
 
     def score(self, step: int) -> float:
         return float(self.scores[step][self.index])
 
     def degrees(self, step: int) -> Tensor:
-        return self.predictor.score_degrees(self.scores[step][None])[0]
+        return self.judge.score_degrees(self.scores[step][None])[0]
 
     def at_target(self, step: int) -> bool:
         return int(self.degrees(step)[self.index]) == self.expected
 
     def confidence(self, step: int) -> float:
-        logits = self.predictor.score_logits(self.scores[step][None])[0, self.index]
+        logits = self.judge.score_logits(self.scores[step][None])[0, self.index]
         return float(logits.softmax(-1)[self.expected])
 
     def beyond(self, step: int) -> bool:
@@ -312,20 +427,13 @@ class _Walk:
         s = self.score(step)
         return max(self.low - s, s - self.high, 0.0)
 
-    def best(self) -> int:
-        """The most confident step at the target (Eq. 11); else the one whose score is nearest."""
-        inside = [step for step in self.scores if self.at_target(step)]
-        if inside:
-            return max(inside, key=lambda step: (self.confidence(step), -step))
-        return min(self.scores, key=lambda step: (self.lacks(step), step))
-
 
 def _watch_every_step(
     walk: _Walk, steps: int, limit: MatchLimits, progress: Callable[[float], None] | None
-) -> None:
+) -> Steps[None]:
     """The paper's loop: one step, one look, until the target is sure or overshot."""
     for step in range(1, steps + 1):
-        walk.look([step])
+        yield from walk.look([step])
         if progress is not None:
             progress(step / steps)
         if walk.beyond(step) or (walk.at_target(step) and walk.confidence(step) > limit.confidence):
@@ -338,7 +446,7 @@ def _watch_some_steps(
     limit: MatchLimits,
     looks: int,
     progress: Callable[[float], None] | None,
-) -> None:
+) -> Steps[None]:
     """Few looks: a coarse sweep until the aim is bracketed, then where the line crosses it."""
     near, far = 0, None  # the aim lies after `near` and not after `far`
     left = looks
@@ -353,7 +461,7 @@ def _watch_some_steps(
         candidates = [step for step in candidates if step not in walk.scores]
         if not candidates:
             return
-        walk.look(candidates)
+        yield from walk.look(candidates)
         left -= len(candidates)
         if progress is not None:
             progress(1 - left / looks)
@@ -370,7 +478,7 @@ def _ahead(walk: _Walk, near: int, steps: int, count: int) -> list[int]:
     """`count` steps after `near`, spread about the distance that the field's measured slope
     predicts.
     """
-    slope = max(walk.fields.config.slopes[walk.index] * walk.turn_rad, 1e-6)
+    slope = max(walk.networks.config.slopes[walk.index] * walk.turn_rad, 1e-6)
     expected = abs(walk.aim - walk.score(near)) / slope
     reach = [near + math.ceil(expected * factor) for factor in _SPREAD[-count:]]
     return sorted({min(steps, max(near + 1, step)) for step in reach})

@@ -9,7 +9,7 @@ The paper starts 110 steps from a random z. The encoder's answer is a far better
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shared.batching import Operation, Steps, alone, ask_one
 from shared.bundle import Bundle
 from shared.errors import Cancelled, InvalidRequest
 from shared.stylegan2 import Generator, to_sphere
-from transmitter.predictor import Predictor
+from transmitter.predictor import Predictor, feature_distance
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,106 @@ class InversionEncoder(nn.Module):
             return self.projection.to_latent(self.projection(image) + answer)
 
 
+@dataclass(frozen=True, eq=False)
+class Descent:
+    """Where one request stands on Eq. (8): latent w [B, 512], the picture, F(picture) or None."""
+
+    w: Tensor
+    image: Tensor
+    features: list[Tensor] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Inverting:
+    """The networks of the inversion as operations that requests can share.
+
+    encode: pictures [B, 3, S, S] -> w [B, 512]. see: pictures -> features F. descend: the gradient
+    [B, 512] of Eq. (8) with respect to w.
+    """
+
+    encode: Operation[Tensor, Tensor]
+    see: Operation[Tensor, list[Tensor]]
+    descend: Operation[Descent, Tensor]
+
+    @classmethod
+    def of(
+        cls,
+        encoder: InversionEncoder,
+        generator: Generator,
+        predictor: Predictor | None,
+        perceptual_weight: float = 1.0,
+        most: int = 8,
+    ) -> "Inverting":
+        """most: pictures in one pass."""
+        judge = predictor if perceptual_weight > 0 else None
+
+        @torch.no_grad()
+        def encode(images: Sequence[Tensor]) -> Sequence[Tensor]:
+            return _rows(encoder(torch.cat(list(images))), images)
+
+        @torch.no_grad()
+        def see(images: Sequence[Tensor]) -> Sequence[list[Tensor]]:
+            assert judge is not None
+            together = [_rows(stage, images) for stage in judge.features(torch.cat(list(images)))]
+            return [[stage[number] for stage in together] for number in range(len(images))]
+
+        @torch.enable_grad()
+        def descend(places: Sequence[Descent]) -> Sequence[Tensor]:
+            w = torch.cat([place.w for place in places]).requires_grad_(True)
+            image = torch.cat([place.image for place in places])
+            rendering = generator.synthesis(to_sphere(w))
+            loss = (rendering - image).square().mean((1, 2, 3)).sum()  # Eq. (8), pixel term
+            if judge is not None:
+                wanted = [torch.cat(stage) for stage in zip(*_features(places), strict=True)]
+                distance = feature_distance(judge.features(rendering), wanted)
+                loss = loss + perceptual_weight * distance.sum()
+            (gradient,) = torch.autograd.grad(loss, w)  # [sum B, 512], each row its own picture's
+            return _rows(gradient, [place.w for place in places])
+
+        return cls(
+            Operation("encode", encode, most, cheap=True),
+            Operation("see", see, most, cheap=True),
+            # A backward pass holds every activation: half as many at once.
+            Operation("descend", descend, max(1, most // 2)),
+        )
+
+
+def _features(places: Sequence[Descent]) -> list[list[Tensor]]:
+    return [place.features for place in places if place.features is not None]
+
+
+def _rows(together: Tensor, items: Sequence[Tensor]) -> list[Tensor]:
+    """A batch's result cut into what belongs to each item."""
+    return list(together.split([len(item) for item in items]))
+
+
+def inverting(
+    image: Tensor,
+    networks: Inverting,
+    steps: int,
+    *,
+    perceptual: bool = True,
+    rate: float = 0.05,
+    cancelled: Callable[[], bool] | None = None,
+) -> Steps[Tensor]:
+    """`invert` as a request in steps: one pass of the encoder, then `steps` gradients."""
+    start = yield from ask_one(networks.encode, image)
+    if steps == 0:
+        return start
+    # The picture does not move: its features are looked at once, not at every step.
+    features = (yield from ask_one(networks.see, image)) if perceptual else None
+    w = start.clone().requires_grad_(True)
+    optimiser = torch.optim.Adam([w], lr=rate, betas=(0.9, 0.99))
+    for step in range(steps):
+        if cancelled is not None and cancelled():
+            raise Cancelled(f"inversion dropped after {step} of {steps} steps: the caller is gone")
+        for group in optimiser.param_groups:  # a short ramp down keeps the last steps from jumping
+            group["lr"] = rate * min(1.0, 2.0 * (steps - step) / steps)
+        w.grad = yield from ask_one(networks.descend, Descent(w.detach(), image, features))
+        optimiser.step()
+    return to_sphere(w.detach())
+
+
 def invert(
     image: Tensor,
     encoder: InversionEncoder,
@@ -202,22 +303,8 @@ def invert(
     features, by `steps` of Adam from the encoder's answer; every step ends on the sphere of
     latents. Raises Cancelled when `cancelled()` turns true.
     """
-    with torch.no_grad():
-        start: Tensor = encoder(image)
-    if steps == 0:
-        return start
-    w = start.clone().requires_grad_(True)
-    optimiser = torch.optim.Adam([w], lr=rate, betas=(0.9, 0.99))
-    for step in range(steps):
-        if cancelled is not None and cancelled():
-            raise Cancelled(f"inversion dropped after {step} of {steps} steps: the caller is gone")
-        for group in optimiser.param_groups:  # a short ramp down keeps the last steps from jumping
-            group["lr"] = rate * min(1.0, 2.0 * (steps - step) / steps)
-        rendering = generator.synthesis(to_sphere(w))
-        loss = (rendering - image).square().mean((1, 2, 3)).sum()  # Eq. (8), pixel term
-        if predictor is not None and perceptual_weight > 0:
-            loss = loss + perceptual_weight * predictor.perceptual(rendering, image).sum()
-        (gradient,) = torch.autograd.grad(loss, w)
-        w.grad = gradient
-        optimiser.step()
-    return to_sphere(w.detach())
+    networks = Inverting.of(encoder, generator, predictor, perceptual_weight, most=len(image))
+    perceptual = predictor is not None and perceptual_weight > 0
+    return alone(
+        inverting(image, networks, steps, perceptual=perceptual, rate=rate, cancelled=cancelled)
+    )

@@ -9,7 +9,7 @@
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,13 +19,14 @@ from torch import Tensor
 
 from shared.adapters import ChannelEncoder
 from shared.attributes import Edit
+from shared.batching import Item, Operation, Result, Steps, alone, ask_one
 from shared.bundle import Bundle
 from shared.errors import Cancelled, InvalidRequest, NoFaceFound
 from shared.images import decode_photo, to_float
 from shared.stylegan2 import Generator
-from transmitter.editing import Fields, Quality, match
+from transmitter.editing import Fields, Matching, Quality, matching
 from transmitter.faces import FaceFinder, align
-from transmitter.inversion import InversionEncoder, invert
+from transmitter.inversion import InversionEncoder, Inverting, inverting
 from transmitter.predictor import Predictor
 from transmitter.text import Reading, TextReader
 
@@ -81,6 +82,13 @@ class Transmitter:
         self.predictor = predictor.to(self.device)
         self.fields = fields.to(self.device)
         self.channel_encoder = channel_encoder.to(self.device)
+        # As many pictures in a pass as pay: a CPU's caches hold no more, a GPU starves on fewer.
+        most = 8 if self.device.type == "cpu" else 64
+        self._decode = Operation("decode", _each(decode_photo), aside=True)
+        self._align = Operation("align", _each(lambda item: self._aligned(*item)), aside=True)
+        self._inverting = Inverting.of(self.encoder, self.generator, self.predictor, most=most)
+        self._matching = Matching.of(self.generator, self.fields, self.predictor, most=most)
+        self._code = Operation("code", self._encoded, cheap=True)
 
     @classmethod
     def from_bundle(cls, bundle: Bundle, device: torch.device | str = "cpu") -> "Transmitter":
@@ -133,6 +141,30 @@ class Transmitter:
         square. Raises InvalidRequest and its kinds for what cannot be sent, Cancelled once
         `cancelled()` is true.
         """
+        return alone(
+            self.transmitting(
+                photo,
+                instruction,
+                snr_db=snr_db,
+                quality=quality,
+                align=align,
+                cancelled=cancelled,
+                progress=progress,
+            )
+        )
+
+    def transmitting(
+        self,
+        photo: bytes | Tensor,
+        instruction: str,
+        *,
+        snr_db: float,
+        quality: Quality = "balanced",
+        align: bool = True,
+        cancelled: Callable[[], bool] | None = None,
+        progress: Callable[[str, float], None] | None = None,
+    ) -> Steps[Transmission]:
+        """`transmit` as a request in steps, which shares the networks' passes with others."""
         if quality not in INVERSION_STEPS:
             raise InvalidRequest(
                 f"got quality {quality!r}, expected one of {', '.join(INVERSION_STEPS)}"
@@ -140,50 +172,56 @@ class Transmitter:
         watch = _Watch(cancelled, progress)
         with watch("read"):  # first: a refused sentence should not cost an inversion
             reading = None if instruction.strip() == NO_EDIT else self.read(instruction)
+        pixels = photo  # [3, H, W] once decoded
         with watch("decode"):
-            pixels = decode_photo(photo) if isinstance(photo, bytes) else photo  # [3, H, W]
+            if isinstance(pixels, bytes):
+                pixels = yield from ask_one(self._decode, pixels)
         with watch("align"):
-            face, faces_found = self._aligned(pixels, align)
+            face, faces_found = yield from ask_one(self._align, (pixels, align))
         with watch("invert"):
             face = face.to(self.device)
             steps = INVERSION_STEPS[quality]
-            w = invert(
-                face, self.encoder, self.generator, self.predictor, steps, cancelled=cancelled
-            )
-        before, expected, reached, match_steps = None, None, None, 0
+            w = yield from inverting(face, self._inverting, steps, cancelled=cancelled)
+        found = None
         with watch("edit"):
             if reading is not None:
-                found = match(
+                found = yield from matching(
                     w,
                     reading.edit,
-                    generator=self.generator,
-                    fields=self.fields,
-                    predictor=self.predictor,
+                    self._matching,
                     limits=quality,
                     cancelled=cancelled,
                     progress=watch.within("edit"),
                 )
-                w, expected, reached = found.w, found.expected, found.reached
-                before, match_steps = _degrees(found.before), found.steps
-        with watch("encode"), torch.no_grad():
-            symbols = self.channel_encoder(w, snr_db)  # [1, 256]
-        with watch("draw"), torch.no_grad():
-            sent = self.generator.synthesis(w).clamp(-1, 1)
-            after = _degrees(self.predictor.degrees(sent)[0])
+                w = found.w
+        with watch("encode"):
+            symbols = yield from ask_one(self._code, (w, snr_db))  # [1, 256]
+        with watch("draw"):
+            if found is not None:  # it was drawn to be judged
+                sent, after = found.image, found.after
+            else:
+                look = yield from ask_one(self._matching.look, w)
+                sent, after = look.image, self.predictor.score_degrees(look.scores[None])[0]
         return Transmission(
             symbols=symbols.cpu(),
             edit=None if reading is None else reading.edit,
             confidence=None if reading is None else reading.confidence,
-            before=before,
-            expected=expected,
-            after=after,
-            reached=reached,
-            match_steps=match_steps,
+            before=None if found is None else _degrees(found.before),
+            expected=None if found is None else found.expected,
+            after=_degrees(after),
+            reached=None if found is None else found.reached,
+            match_steps=0 if found is None else found.steps,
             faces_found=faces_found,
             aligned=face.cpu(),
-            sent=sent.cpu(),
+            sent=sent.clamp(-1, 1).cpu(),
             timings_ms=watch.timings_ms(),
         )
+
+    @torch.no_grad()
+    def _encoded(self, items: Sequence[tuple[Tensor, float]]) -> Sequence[Tensor]:
+        w = torch.cat([w for w, _ in items])  # [B, 512]
+        snr_db = torch.tensor([snr_db for _, snr_db in items], device=w.device)  # [B]
+        return self.channel_encoder(w, snr_db).split(1)  # type: ignore[no-any-return]
 
     def _aligned(self, pixels: Tensor, find: bool) -> tuple[Tensor, int]:
         """The face [1, 3, S, S] in [-1, 1], and how many faces the picture showed."""
@@ -206,6 +244,10 @@ class Transmitter:
                 " one clearly (send align=false if it is an aligned face already)"
             )
         return align(pixels, faces[0].points, size), len(faces)
+
+
+def _each(function: Callable[[Item], Result]) -> Callable[[Sequence[Item]], Sequence[Result]]:
+    return lambda items: [function(item) for item in items]
 
 
 def _degrees(found: Tensor) -> tuple[int, ...]:
