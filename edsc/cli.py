@@ -212,15 +212,21 @@ def batch(
 @one_line
 def up(
     free_ports: Annotated[bool, typer.Option(help="let the system choose the ports")] = False,
+    replicas: Annotated[
+        str, typer.Option(help="how many of which, e.g. transmitter=2,receiver=2; otherwise one")
+    ] = "",
     weights: Weights = None,
 ) -> None:
-    """Start the four processes on this machine and serve until Ctrl-C."""
-    from edsc.up import Interrupted, Stack, interruptible, print_log, watch
+    """Start the four services on this machine and serve until Ctrl-C; what dies starts again."""
+    from edsc.up import Interrupted, Stack, interruptible, parse_replicas, print_log, watch
 
+    counts = parse_replicas(replicas)
     try:
         with (
             interruptible(),
-            Stack(_settings(weights), free_ports=free_ports, log=print_log) as stack,
+            Stack(
+                _settings(weights), free_ports=free_ports, log=print_log, replicas=counts
+            ) as stack,
         ):
             typer.echo(f"the page is at {stack.url}  (Ctrl-C ends)")
             watch(stack)

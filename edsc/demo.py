@@ -1,15 +1,14 @@
 """`make demo`: the four processes, one sample face, one sentence, and what happened, in print."""
 
-import sys
 import time
 from pathlib import Path
 from typing import Final
 
 from edsc.runner import Remote
-from edsc.up import ROOT, Stack, watch
+from edsc.up import ROOT, Stack, print_log, watch
 from gateway.answer import EditAnswer, Order
 from shared.errors import NotFound
-from shared.settings import ServiceName, Settings
+from shared.settings import Settings
 
 SAMPLES: Final = ROOT / "samples"
 PICTURES: Final = ROOT / "demo"  # ignored by git
@@ -94,6 +93,6 @@ class _Quiet:
 
     loud = False
 
-    def __call__(self, service: ServiceName, line: str) -> None:
+    def __call__(self, name: str, line: str) -> None:
         if self.loud:
-            print(f"{service:>11} | {line}", file=sys.stderr, flush=True)
+            print_log(name, line)

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 import sys
@@ -16,21 +17,34 @@ from shared.settings import MIB, Settings, settings_from_flags
 from shared.telemetry import configure_logging
 
 
-def bind(settings: Settings) -> socket.socket:
-    """A listening socket on the gateway's address. Raises OSError when it is taken."""
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+def open_listener(family: socket.AddressFamily, address: tuple[str, int]) -> socket.socket:
+    """A listening socket. Raises OSError when the address is taken."""
     # asyncio switches Nagle's algorithm off only where the protocol is named; with it on, every
     # answer on a kept connection waits 40 ms for the client's delayed acknowledgement.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     # A port whose last connections are still closing may be taken again at once.
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind((settings.host, settings.gateway_port))
+        listener.bind(address)
         listener.listen(512)
     except OSError:
         listener.close()
         raise
     return listener
+
+
+def bind(settings: Settings) -> socket.socket:
+    """The listener: EDSC_LISTEN_FD, which whoever started us keeps open, or one of our own.
+
+    Raises OSError when the address is taken or the descriptor is no listener.
+    """
+    if handed := os.environ.get("EDSC_LISTEN_FD", ""):
+        if not handed.isdecimal():
+            raise OSError(f"EDSC_LISTEN_FD is {handed!r}; expected the number of a descriptor")
+        given = socket.socket(fileno=int(handed))
+        return socket.socket(given.family, given.type, socket.IPPROTO_TCP, given.detach())
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    return open_listener(family, (settings.host, settings.gateway_port))
 
 
 class Server(uvicorn.Server):
@@ -44,7 +58,11 @@ class Server(uvicorn.Server):
 
 async def serve(settings: Settings, listener: socket.socket) -> None:
     """Serve until SIGTERM or SIGINT, then finish what is under way within `drain_s` seconds."""
-    app = create_app(Link(settings), max_photo_bytes=settings.max_image_mib * MIB)
+    app = create_app(
+        Link(settings),
+        max_photo_bytes=settings.max_image_mib * MIB,
+        max_in_flight=settings.max_in_flight,
+    )
     tls = settings.tls_certificate is not None and settings.tls_key is not None
     config = uvicorn.Config(
         app,

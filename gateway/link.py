@@ -10,11 +10,11 @@ cancels the call under way.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import grpc.aio
 
@@ -43,8 +43,11 @@ from shared.rpc import (
 )
 from shared.settings import Settings
 
+T = TypeVar("T")
 Progress = Callable[[str, float, float], None]  # stage, fraction of it 0..1, milliseconds so far
 
+ATTEMPTS: Final = 3  # at a hop that a service dropped, on top of what gRPC itself tries again
+PAUSE_S: Final = 0.1  # between them
 FACTS_DEADLINE_S: Final = 5.0  # for a call that computes next to nothing
 HEALTH_DEADLINE_S: Final = 2.0
 
@@ -99,6 +102,23 @@ def _calling(service: GrpcService) -> Iterator[None]:
         raise Unavailable(f"the {service} dropped the call: it is shutting down") from error
 
 
+async def _insist(budget: _Budget, hop: Callable[[], Awaitable[T]]) -> T:
+    """A hop, tried again while there is time when a service goes away under it.
+
+    gRPC tries again what was refused or lost before the first byte of an answer. It does not where
+    a stream had begun, or where a service that is shutting down cancelled what it could not finish;
+    at another replica that may still be done. Raises what the last attempt raised.
+    """
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return await hop()
+        except Unavailable:
+            if attempt == ATTEMPTS or budget.seconds * 1000.0 - budget.spent_ms() < 1000.0:
+                raise
+        await asyncio.sleep(PAUSE_S * attempt)
+    raise AssertionError("the last attempt returns or raises")
+
+
 class Link:
     """The three services as one: opened inside a running event loop, closed by whoever made it.
 
@@ -142,13 +162,15 @@ class Link:
         tell = progress or (lambda stage, fraction, elapsed_ms: None)
 
         with budget.hop("transmit"):
-            sent = await self._transmit(photo, order, budget, caller, progress)
+            sent = await _insist(
+                budget, lambda: self._transmit(photo, order, budget, caller, progress)
+            )
         tell("propagate", 0.0, budget.spent_ms())
         with budget.hop("propagate"):
-            crossed = await self._propagate(sent, order, budget, caller)
+            crossed = await _insist(budget, lambda: self._propagate(sent, order, budget, caller))
         tell("receive", 0.0, budget.spent_ms())
         with budget.hop("receive"):
-            drawn = await self._receive(crossed.frame, budget, caller)
+            drawn = await _insist(budget, lambda: self._receive(crossed.frame, budget, caller))
         if len(drawn.png) != 1:
             raise EdscError(f"the receiver drew {len(drawn.png)} pictures; expected 1")
 
@@ -210,7 +232,7 @@ class Link:
             align=order.align,
         )
         stub = edsc_pb2_grpc.TransmitterStub(self._to("transmitter"))
-        timeout = budget.left("transmitter")
+        timeout, begun_ms = budget.left("transmitter"), budget.spent_ms()
         with _calling("transmitter"):
             if progress is None:
                 reply: edsc_pb2.TransmitReply = await stub.Transmit(
@@ -224,7 +246,7 @@ class Link:
                     reply = event.reply
                     return reply
                 news = event.progress
-                progress(news.stage, news.fraction, news.elapsed_ms)
+                progress(news.stage, news.fraction, begun_ms + news.elapsed_ms)
         raise Unavailable("the transmitter ended its stream without a reply")
 
     async def _propagate(

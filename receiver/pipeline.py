@@ -6,6 +6,8 @@ The receiver sees what its antenna gives it and the bundle; nothing of the sende
 power scalar or (under estimated CSI) the true fading.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,8 @@ class Receiver:
         self.decoder = decoder.to(self.device).eval()
         self.generator = generator.to(self.device).eval()
         self.method: Method = method
+        # As many pictures in a pass as pay: a CPU's caches hold no more, a GPU starves on fewer.
+        self.most = 8 if self.device.type == "cpu" else 64
 
     @classmethod
     def from_bundle(
@@ -51,17 +55,31 @@ class Receiver:
 
         Raises InvalidRequest for messages of another length.
         """
-        here = _to(reception, self.device)
-        x_hat, snr_db = equalise(here, self.method)  # [B, n], [B]
-        sent_snr_db = noise_variance_to_snr_db(here.noise_variance)  # [B]
-        w_hat: Tensor = self.decoder(x_hat, snr_db, sent_snr_db)
+        return self._decode([reception])
+
+    def _decode(self, receptions: Sequence[Reception]) -> Tensor:
+        """Equalise each in its own way (they may have been told different things), decode all."""
+        here = [_to(reception, self.device) for reception in receptions]
+        equalised = [equalise(one, self.method) for one in here]  # [B, n], [B] each
+        w_hat: Tensor = self.decoder(
+            torch.cat([x_hat for x_hat, _ in equalised]),
+            torch.cat([snr_db for _, snr_db in equalised]),
+            noise_variance_to_snr_db(torch.cat([one.noise_variance for one in here])),
+        )
         return w_hat
 
     @torch.inference_mode()
     def __call__(self, reception: Reception) -> Tensor:
         """Reception of B messages -> images [B, 3, S, S] float32 in [-1, 1]."""
-        image: Tensor = self.generator.synthesis(self.decode(reception))
-        return image.float().clamp(-1, 1)
+        return self.draw([reception])[0]
+
+    @torch.inference_mode()
+    def draw(self, receptions: Sequence[Reception]) -> Sequence[Tensor]:
+        """Several receptions -> the images of each, in passes of at most `most` pictures."""
+        passes = self._decode(receptions).split(self.most)
+        image = torch.cat([self.generator.synthesis(w_hat) for w_hat in passes])
+        counts = [len(reception.y) for reception in receptions]
+        return image.float().clamp(-1, 1).split(counts)
 
 
 def _to(reception: Reception, device: torch.device) -> Reception:

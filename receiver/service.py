@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from typing import Final
 
 import torch
+from torch import Tensor
 
 from receiver.pipeline import Receiver
+from shared.batching import Operation, Steps, ask, ask_one
 from shared.bundle import Bundle
 from shared.compute import prepare
 from shared.errors import InvalidRequest, PayloadTooLarge
@@ -17,13 +19,17 @@ from shared.symbols import Reception
 from shared.wire import model_to_wire, reception_from_wire
 
 MAX_MESSAGES: Final = 64  # pictures in one reply
+PICTURES: Final = Operation(
+    "pictures", lambda images: [encode_png(image) for image in images], aside=True
+)
 
 
 @dataclass(frozen=True)
 class Model:
-    """What is loaded: the pipeline, and its description for whoever asks."""
+    """What is loaded: the pipeline, as an operation that requests share, and its description."""
 
     receiver: Receiver
+    draw: Operation[Reception, Tensor]
     description: edsc_pb2.ModelDescription
 
 
@@ -38,11 +44,11 @@ class ReceiverService(edsc_pb2_grpc.ReceiverServicer):
     def Receive(self, request: edsc_pb2.ReceiveRequest, call: Call) -> edsc_pb2.ReceiveReply:
         """Draw one picture per message."""
         model = self._model.get()
-        return self.server.worker.run(call, lambda: self._receive(model, request, call))
+        return self.server.worker.run_steps(call, lambda: self._receive(model, request, call))
 
     def _receive(
         self, model: Model, request: edsc_pb2.ReceiveRequest, call: Call
-    ) -> edsc_pb2.ReceiveReply:
+    ) -> Steps[edsc_pb2.ReceiveReply]:
         with call.watch.stage("decode"):
             frame = request.frame
             if frame.messages > MAX_MESSAGES:
@@ -55,9 +61,9 @@ class ReceiverService(edsc_pb2_grpc.ReceiverServicer):
                 )
             reception = reception_from_wire(frame, self.server.settings.max_samples)
         with call.watch.stage("receive"):
-            images = model.receiver(reception)  # [B, 3, H, W]
+            images = yield from ask_one(model.draw, reception)  # [B, 3, H, W]
         with call.watch.stage("pictures"):
-            pictures = [encode_png(images[i : i + 1]) for i in range(images.shape[0])]
+            pictures = yield from ask(PICTURES, images.split(1))
         reply = edsc_pb2.ReceiveReply(png=pictures, image_size=images.shape[-1])
         reply.timings_ms.update(call.watch.timings_ms())
         return reply
@@ -82,6 +88,7 @@ def load_model(bundle: Bundle, device: torch.device) -> Model:
     image = receiver(silence)  # [1, 3, S, S]
     return Model(
         receiver,
+        Operation("receive", receiver.draw, receiver.most),
         model_to_wire(bundle, uses=receiver.uses, image_size=image.shape[-1]),
     )
 
@@ -89,6 +96,7 @@ def load_model(bundle: Bundle, device: torch.device) -> Model:
 def register(server: Server) -> Callable[[], None]:
     """Add the servicer to `server`; gives the function that loads the weights."""
     settings = server.settings
+    server.batch()
     model: Slot[Model] = Slot("receiver")
     edsc_pb2_grpc.add_ReceiverServicer_to_server(ReceiverService(server, model), server.grpc)
 

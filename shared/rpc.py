@@ -18,7 +18,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Final, Generic, Literal, Protocol, TypeVar
@@ -80,7 +80,8 @@ _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 _WATCHERS: Final = 64  # health watches at once; more of them wait, Check does not
 # Handler threads beyond the queue: health checks and descriptions never wait for inference.
-_SPARE_THREADS = 8
+_SPARE_THREADS: Final = 8
+_MOST_LANES: Final = 3
 
 
 # ---------------------------------------------------------------------------- the server
@@ -97,8 +98,10 @@ class Server:
         self.service: GrpcService = service
         self.metrics = Metrics(service)
         self.worker = Worker(settings.queue_size, self.metrics)
+        # Every request that waits or is in progress holds a thread; these cost nothing until used.
+        handlers = _MOST_LANES * (settings.queue_size + settings.max_batch) + _SPARE_THREADS
         self.grpc = grpc.server(
-            ThreadPoolExecutor(settings.queue_size + 1 + _SPARE_THREADS, thread_name_prefix="rpc"),
+            ThreadPoolExecutor(handlers, thread_name_prefix="rpc"),
             options=[
                 ("grpc.max_receive_message_length", settings.max_message_mib * MIB),
                 ("grpc.max_send_message_length", settings.max_message_mib * MIB),
@@ -106,6 +109,8 @@ class Server:
                 ("grpc.so_reuseport", 0),
                 ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
                 ("grpc.keepalive_permit_without_calls", 1),
+                # Calls under way end on the old connection; the client asks its resolver again.
+                ("grpc.max_connection_age_ms", round(settings.max_connection_age_s * 1000)),
             ],
         )
         # Watches queue their reports and wait on threads of their own. The non-blocking mode sends
@@ -120,6 +125,19 @@ class Server:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
         reflection.enable_server_reflection(
             [FULL_NAMES[service], health.SERVICE_NAME, reflection.SERVICE_NAME], self.grpc
+        )
+
+    def batch(self, lanes: Sequence[str] = ("",)) -> None:
+        """Let requests share passes, `max_batch` of each lane at a time; before the first call."""
+        if len(lanes) > _MOST_LANES:
+            raise ValueError(f"{len(lanes)} lanes; expected at most {_MOST_LANES}")
+        self.worker.stop(timeout_s=1.0)
+        self.worker = Worker(
+            self.settings.queue_size,
+            self.metrics,
+            max_batch=self.settings.max_batch,
+            max_delay_s=self.settings.max_delay_ms / 1000.0,
+            lanes=lanes,
         )
 
     def start(self) -> int:
@@ -310,8 +328,8 @@ def outgoing_metadata(request_id: str, traceparent: str = "") -> tuple[tuple[str
 def channel_options(settings: Settings, service: GrpcService) -> list[tuple[str, Any]]:
     """Options of a client's channel: limits, keepalive, balancing over healthy replicas, retries.
 
-    A call that no server has taken up (UNAVAILABLE) is tried again, three times in all: the
-    services keep no state, so twice is as good as once.
+    UNAVAILABLE is tried again, three times in all, at another replica where there is one and never
+    beyond the deadline: the services keep no state, so every call may be made twice.
     """
     policy = {
         "loadBalancingConfig": [{"round_robin": {}}],
@@ -332,6 +350,10 @@ def channel_options(settings: Settings, service: GrpcService) -> list[tuple[str,
     return [
         ("grpc.max_receive_message_length", settings.max_message_mib * MIB),
         ("grpc.max_send_message_length", settings.max_message_mib * MIB),
+        # What a retry would send again is kept; a photograph beyond this would be sent once only.
+        ("grpc.per_rpc_retry_buffer_size", settings.max_message_mib * MIB),
+        ("grpc.dns_min_time_between_resolutions_ms", 1_000),
+        *_authority(settings.target(service)),
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 5_000),
         # A service that restarts is found again within half a second, not within gRPC's minutes.
@@ -340,6 +362,14 @@ def channel_options(settings: Settings, service: GrpcService) -> list[tuple[str,
         ("grpc.max_reconnect_backoff_ms", 500),
         ("grpc.service_config", json.dumps(policy)),
     ]
+
+
+def _authority(target: str) -> list[tuple[str, Any]]:
+    """Of several addresses none is the server's name: TLS checks the first one's."""
+    scheme, _, addresses = target.partition(":")
+    if scheme not in ("ipv4", "ipv6") or "," not in addresses:
+        return []
+    return [("grpc.default_authority", addresses.split(",")[0])]
 
 
 def open_channel(settings: Settings, service: GrpcService) -> grpc.Channel:

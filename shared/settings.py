@@ -6,11 +6,14 @@ common ones on the command line of a service (`python -m channel_sim --port 0`),
 
 import argparse
 from collections.abc import Sequence
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from shared.errors import InvalidRequest
 
 ServiceName = Literal["transmitter", "channel", "receiver", "gateway"]
 SERVICE_NAMES: Final[tuple[ServiceName, ...]] = get_args(ServiceName)
@@ -36,7 +39,9 @@ class Settings(BaseSettings):
     )
 
     transmitter_target: str = Field(
-        default="", description='gRPC target, e.g. "dns:///transmitter:50051"; empty: this machine'
+        default="",
+        description='gRPC target: "dns:///transmitter:50051" (every address of that name), or '
+        '"10.0.0.5:50051,10.0.0.6:50051"; empty: this machine',
     )
     channel_target: str = ""
     receiver_target: str = ""
@@ -48,7 +53,25 @@ class Settings(BaseSettings):
     )
 
     queue_size: int = Field(
-        default=16, ge=0, le=4096, description="requests waiting, beside the one served"
+        default=16,
+        ge=0,
+        le=4096,
+        description="requests of a lane (a quality) waiting, beside those in progress",
+    )
+    max_batch: int = Field(
+        default=8,
+        ge=1,
+        le=256,
+        description="requests of a lane in progress at once, which share passes; 1: no batching",
+    )
+    max_delay_ms: float = Field(
+        default=2.0,
+        ge=0,
+        le=1000,
+        description="how long the first request after a pause waits for others to share with",
+    )
+    max_in_flight: int = Field(
+        default=64, ge=1, le=4096, description="edits under way in the gateway before it says 429"
     )
     default_deadline_s: float = Field(
         default=60.0,
@@ -58,6 +81,11 @@ class Settings(BaseSettings):
     )
     drain_s: float = Field(
         default=10.0, ge=0, le=600, description="time for calls under way after SIGTERM"
+    )
+    max_connection_age_s: float = Field(
+        default=60.0,
+        gt=0,
+        description="after which a client is asked to connect anew, and so finds new replicas",
     )
     max_message_mib: int = Field(default=24, ge=1, le=512, description="largest gRPC message, MiB")
     max_image_mib: int = Field(default=20, ge=1, le=256, description="largest photo, MiB")
@@ -88,15 +116,37 @@ class Settings(BaseSettings):
         return ports[service]
 
     def target(self, service: Literal["transmitter", "channel", "receiver"]) -> str:
-        """gRPC target at which the gateway finds `service`."""
+        """gRPC target at which the gateway finds `service`, all its replicas.
+
+        Raises InvalidRequest for a list with a name in it: names are for DNS to make lists of.
+        """
         chosen = {
             "transmitter": self.transmitter_target,
             "channel": self.channel_target,
             "receiver": self.receiver_target,
         }[service]
+        if "," in chosen and "://" not in chosen and not chosen.startswith(("ipv4:", "ipv6:")):
+            return _several(chosen)
         # 0.0.0.0 and :: are addresses to bind, none to call.
         host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
         return chosen or f"{host}:{self.port(service)}"
+
+
+def _several(addresses: str) -> str:
+    """`host:port,host:port` as gRPC's own resolvers want it."""
+    hosts = [one.strip().rpartition(":")[0] for one in addresses.split(",")]
+    versions = set()
+    for host in hosts:
+        try:
+            versions.add(ip_address(host.strip("[]")).version)
+        except ValueError:
+            raise InvalidRequest(
+                f"the target {addresses!r} has the host {host!r}; expected IP addresses with ports,"
+                ' or one name as "dns:///name:port"'
+            ) from None
+    if len(versions) > 1:
+        raise InvalidRequest(f"the target {addresses!r} mixes IPv4 and IPv6; expected one of them")
+    return f"ipv{versions.pop()}:{addresses.replace(' ', '')}"
 
 
 def settings_from_flags(service: ServiceName, argv: Sequence[str] | None = None) -> Settings:
@@ -114,7 +164,9 @@ def settings_from_flags(service: ServiceName, argv: Sequence[str] | None = None)
     parser.add_argument("--weights", type=Path, help="bundle folder")
     parser.add_argument("--device", help='"cpu" (default), "cuda", "auto"')
     parser.add_argument("--threads", type=int, help="threads per inference; 0: torch's choice")
-    parser.add_argument("--queue-size", type=int, help="requests that may wait (16)")
+    parser.add_argument("--queue-size", type=int, help="requests that may wait, per quality (16)")
+    parser.add_argument("--max-batch", type=int, help="requests that share passes; 1: none (8)")
+    parser.add_argument("--max-delay-ms", type=float, help="wait for others to share with (2)")
     parser.add_argument("--drain-s", type=float, help="seconds for calls under way after SIGTERM")
     parser.add_argument("--log-level", choices=["debug", "info", "warning", "error"])
     flags = vars(parser.parse_args(argv))

@@ -36,6 +36,7 @@ REQUEST_ID_KEY: Final = "x-request-id"
 TRACEPARENT_KEY: Final = "traceparent"
 
 T = TypeVar("T")
+_PATIENCE: Final = 4  # passes
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -147,6 +148,7 @@ class _Job:
     wanted: Ask | None = None  # what it waits for
     aside: Future[list[Any]] | None = None  # its step on the side thread, under way or done
     admitted: bool = False
+    passed_over: int = 0  # passes of its lane that went by since it asked
 
     def gone(self) -> bool:
         return self.call is not None and self.call.cancelled()
@@ -381,16 +383,27 @@ class Worker:
             else:
                 self._resume(job, job.aside.result())
 
+    @staticmethod
+    def _operation_of(jobs: list[_Job]) -> Operation[Any, Any]:
+        """What most of the lane's items wait for; but nobody is passed over for long."""
+        waiting: dict[Operation[Any, Any], int] = {}
+        for job in jobs:
+            assert job.wanted is not None
+            operation = job.wanted.operation
+            if job.passed_over >= _PATIENCE:
+                return operation
+            waiting[operation] = waiting.get(operation, 0) + len(job.wanted.items)
+        return max(waiting, key=lambda operation: min(waiting[operation], operation.most))
+
     def _step(self) -> None:
         """One pass: an operation, on the items of as many requests as ask for it and fit."""
         ready = [job for job in self._active if job.wanted is not None and job.aside is None]
         if not ready:
             return
-        cheap = [job for job in ready if _operation(job).cheap]
-        lane = min((job.lane for job in cheap or ready), key=lambda lane: lane.spent_s)
-        first = next(job for job in cheap or ready if job.lane is lane)
-        operation = _operation(first)
-        jobs, items = [], 0
+        lane = min((job.lane for job in ready), key=lambda lane: lane.spent_s)
+        operation = self._operation_of([job for job in ready if job.lane is lane])
+        jobs: list[_Job] = []
+        items = 0
         # The lane whose turn it is first, and in it the oldest: they end sooner, none the later.
         for job in sorted(ready, key=lambda job: job.lane is not lane):
             assert job.wanted is not None
@@ -399,6 +412,9 @@ class Worker:
             ):
                 jobs.append(job)
                 items += len(job.wanted.items)
+                job.passed_over = 0
+            elif job.lane is lane:
+                job.passed_over += 1
         start = time.perf_counter()
         answers = _results(operation, [job.wanted.items for job in jobs if job.wanted])
         elapsed_s = time.perf_counter() - start
@@ -410,11 +426,6 @@ class Worker:
                 self._end(job, error=answer)
             else:
                 self._resume(job, answer)
-
-
-def _operation(job: _Job) -> Operation[Any, Any]:
-    assert job.wanted is not None
-    return job.wanted.operation
 
 
 def _results(

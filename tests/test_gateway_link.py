@@ -399,7 +399,9 @@ def test_a_service_that_goes_and_comes_back_is_found_again(
 def test_a_full_queue_is_busy(services: Settings, photo: bytes, random_bundle: Any) -> None:
     import transmitter.service
 
-    settings = Settings(transmitter_port=0, weights=random_bundle, queue_size=0, threads=1)
+    settings = Settings(
+        transmitter_port=0, weights=random_bundle, queue_size=0, max_batch=1, threads=1
+    )
     server = Server(settings, "transmitter")
     load = transmitter.service.register(server)
     port = server.start()

@@ -242,7 +242,7 @@ class Matching:
 
         return cls(
             Operation("look", look, most),
-            Operation("walk", walk, cheap=True),
+            Operation("walk", walk),
             fields.config,
             predictor,
         )

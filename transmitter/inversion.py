@@ -243,8 +243,8 @@ class Inverting:
             return _rows(gradient, [place.w for place in places])
 
         return cls(
-            Operation("encode", encode, most, cheap=True),
-            Operation("see", see, most, cheap=True),
+            Operation("encode", encode, most),
+            Operation("see", see, most),
             # A backward pass holds every activation: half as many at once.
             Operation("descend", descend, max(1, most // 2)),
         )

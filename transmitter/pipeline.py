@@ -88,7 +88,7 @@ class Transmitter:
         self._align = Operation("align", _each(lambda item: self._aligned(*item)), aside=True)
         self._inverting = Inverting.of(self.encoder, self.generator, self.predictor, most=most)
         self._matching = Matching.of(self.generator, self.fields, self.predictor, most=most)
-        self._code = Operation("code", self._encoded, cheap=True)
+        self._code = Operation("code", self._encoded)
 
     @classmethod
     def from_bundle(cls, bundle: Bundle, device: torch.device | str = "cpu") -> "Transmitter":

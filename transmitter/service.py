@@ -8,6 +8,7 @@ from typing import Final, cast, get_args
 import torch
 
 from shared.attributes import ATTRIBUTES
+from shared.batching import Operation, Steps, ask
 from shared.bundle import Bundle
 from shared.compute import prepare
 from shared.errors import EdscError, InvalidRequest, PayloadTooLarge
@@ -22,6 +23,10 @@ from transmitter.editing import Quality
 from transmitter.pipeline import NO_EDIT, Transmission, Transmitter
 
 DEFAULT_QUALITY: Final[Quality] = "balanced"
+LANES: Final[tuple[Quality, ...]] = (DEFAULT_QUALITY, "fast", "paper")
+PICTURES: Final = Operation(
+    "pictures", lambda images: [encode_png(image) for image in images], aside=True
+)
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,9 @@ class TransmitterService(edsc_pb2_grpc.TransmitterServicer):
         """Photo and sentence to symbols."""
         model = self._model.get()
         check_request(request, self.server.settings)
-        return self.server.worker.run(call, lambda: transmit(model, request, call, None))
+        return self.server.worker.run_steps(
+            call, lambda: transmit(model, request, call, None), lane_of(request)
+        )
 
     @streaming
     def TransmitStream(
@@ -63,7 +70,9 @@ class TransmitterService(edsc_pb2_grpc.TransmitterServicer):
             )
             events.put(edsc_pb2.TransmitEvent(progress=told))
 
-        future = self.server.worker.submit(call, lambda: transmit(model, request, call, progress))
+        future = self.server.worker.submit_steps(
+            call, lambda: transmit(model, request, call, progress), lane_of(request)
+        )
         future.add_done_callback(lambda _: events.put(None))
         try:
             while (event := events.get(timeout=call.remaining_s())) is not None:
@@ -129,14 +138,19 @@ def check_request(request: edsc_pb2.TransmitRequest, settings: Settings) -> None
         )
 
 
+def lane_of(request: edsc_pb2.TransmitRequest) -> str:
+    """Requests of one quality take about as long as each other: they queue together."""
+    return request.quality or DEFAULT_QUALITY
+
+
 def transmit(
     model: Model,
     request: edsc_pb2.TransmitRequest,
     call: Call,
     progress: Callable[[str, float], None] | None,
-) -> edsc_pb2.TransmitReply:
-    """Run the pipeline on a checked request; on the worker's thread."""
-    sent = model.transmitter.transmit(
+) -> Steps[edsc_pb2.TransmitReply]:
+    """Run the pipeline on a checked request, in steps; on the worker's thread."""
+    sent = yield from model.transmitter.transmitting(
         request.image,
         request.instruction,
         snr_db=request.snr_db,
@@ -151,8 +165,8 @@ def transmit(
     reply = transmission_to_wire(sent, request.snr_db)
     if not request.omit_pictures:
         with call.watch.stage("pictures"):
-            reply.aligned_png = encode_png(sent.aligned)
-            reply.sent_png = encode_png(sent.sent)
+            pictures = yield from ask(PICTURES, [sent.aligned, sent.sent])
+            reply.aligned_png, reply.sent_png = pictures
     reply.timings_ms.update(call.watch.timings_ms())
     return reply
 
@@ -203,6 +217,7 @@ def load_model(bundle: Bundle, device: torch.device) -> Model:
 def register(server: Server) -> Callable[[], None]:
     """Add the servicer to `server`; gives the function that loads the weights."""
     settings = server.settings
+    server.batch(LANES)
     model: Slot[Model] = Slot("transmitter")
     edsc_pb2_grpc.add_TransmitterServicer_to_server(TransmitterService(server, model), server.grpc)
 
