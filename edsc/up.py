@@ -171,7 +171,8 @@ class Stack:
     def start(self, name: str) -> None:
         """Start one process, on the port that it had before if it had one."""
         one = self._all[name]
-        environment, keep = self._environment(one.service), ()
+        environment = self._environment(one.service)
+        keep: tuple[int, ...] = ()
         if one.service == "gateway":
             keep = (self._listen(one).fileno(),)
             environment["EDSC_LISTEN_FD"] = str(keep[0])

@@ -11,7 +11,8 @@ mean something on any machine:
                load: which errors, and how long after its return the last one came
     roll       restart of every replica of every service, one after another, under load: failures
 
-Prints a table and, with --json, writes everything. Exit status 1 if a bar was missed (--no-bars: 0).
+Prints a table and, with --json, writes everything. Exit status 1 if a bar was missed, unless
+--no-bars is given.
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ class Options:
     deadline_s: float = 30.0
     weights: Path | None = None
     quality: str = "fast"
+    align: bool = True
 
     def settings(self, **changes: Any) -> Settings:
         """For a stack of this run."""
@@ -130,7 +132,11 @@ def supervised(stack: Stack) -> Iterator[None]:
 def traffic_to(stack: Stack, options: Options) -> Traffic:
     """Edits for a stack; they wait a little longer than the gateway may take."""
     return Traffic(
-        stack.url, options.photos, quality=options.quality, timeout_s=options.deadline_s + 30.0
+        stack.url,
+        options.photos,
+        quality=options.quality,
+        align=options.align,
+        timeout_s=options.deadline_s + 30.0,
     )
 
 
@@ -322,6 +328,7 @@ def _options(argv: Sequence[str] | None) -> tuple[Options, argparse.Namespace]:
     parser.add_argument("--load", type=float, default=defaults.load, help="during faults, 0..1")
     parser.add_argument("--deadline-s", type=float, default=defaults.deadline_s)
     parser.add_argument("--quality", default=defaults.quality)
+    parser.add_argument("--no-align", action="store_true", help="the photos are aligned faces")
     parser.add_argument("--weights", type=Path, help="bundle; otherwise the shipped one")
     parser.add_argument(
         "--only", action="append", choices=sorted(EXPERIMENTS), help="may be given again"
@@ -344,6 +351,7 @@ def _options(argv: Sequence[str] | None) -> tuple[Options, argparse.Namespace]:
         deadline_s=given.deadline_s,
         weights=given.weights,
         quality=given.quality,
+        align=not given.no_align,
     )
     return options, given
 

@@ -60,6 +60,7 @@ class Traffic:
     photos: Sequence[bytes]
     quality: str = "fast"
     snr_db: float = 6.0
+    align: bool = True
     timeout_s: float = 90.0
     outcomes: list[Outcome] = field(default_factory=list)
     _number: Iterator[int] = field(default_factory=count)
@@ -72,6 +73,7 @@ class Traffic:
             "quality": self.quality,
             "snr_db": str(self.snr_db),
             "seed": str(number),
+            "align": str(self.align).lower(),
         }
         photo = self.photos[number % len(self.photos)]
         began_s = time.monotonic()

@@ -79,7 +79,7 @@ class Receiver:
         passes = self._decode(receptions).split(self.most)
         image = torch.cat([self.generator.synthesis(w_hat) for w_hat in passes])
         counts = [len(reception.y) for reception in receptions]
-        return image.float().clamp(-1, 1).split(counts)
+        return list(torch.split(image.float().clamp(-1, 1), counts))
 
 
 def _to(reception: Reception, device: torch.device) -> Reception:

@@ -19,7 +19,7 @@ from shared.symbols import Reception
 from shared.wire import model_to_wire, reception_from_wire
 
 MAX_MESSAGES: Final = 64  # pictures in one reply
-PICTURES: Final = Operation(
+PICTURES: Final[Operation[Tensor, bytes]] = Operation(
     "pictures", lambda images: [encode_png(image) for image in images], aside=True
 )
 

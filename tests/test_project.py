@@ -16,6 +16,7 @@ import pytest
 
 from edsc.cli import app
 from edsc.up import MODULES
+from shared.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff"}
@@ -113,6 +114,71 @@ def test_compose_file_describes_the_four_services() -> None:
         assert service["read_only"] is True, f"{name}: may write to its image"
         assert service["command"] == ["python", "-m", name]
         assert ("ports" in service) == (name == "gateway"), f"{name}: only the gateway is reached"
+
+
+def _manifests() -> list[dict[str, Any]]:
+    """Every object that `kubectl apply -k deploy/kubernetes` would make."""
+    yaml = pytest.importorskip("ruamel.yaml").YAML(typ="safe")
+    folder = ROOT / "deploy" / "kubernetes"
+    files = yaml.load((folder / "kustomization.yaml").read_text())["resources"]
+    assert {*files, "kustomization.yaml"} == {path.name for path in folder.iterdir()}
+    return [found for name in files for found in yaml.load_all((folder / name).read_text())]
+
+
+def _kind(kind: str) -> dict[str, dict[str, Any]]:
+    return {one["metadata"]["name"]: one for one in _manifests() if one["kind"] == kind}
+
+
+def test_kubernetes_manifests_follow_the_schema() -> None:
+    checker = pytest.importorskip("kubernetes_validate")
+    version = checker.latest_version()
+    for found in _manifests():
+        checker.validate(found, version, strict=True)
+
+
+def test_kubernetes_runs_the_four_services_and_nothing_as_root() -> None:
+    deployments, services = _kind("Deployment"), _kind("Service")
+    settings = _kind("ConfigMap")["settings"]["data"]
+    assert {one["spec"]["template"]["spec"]["containers"][0]["command"][-1]
+            for one in deployments.values()} == SERVICES  # fmt: skip
+    for name, deployment in deployments.items():
+        pod = deployment["spec"]["template"]["spec"]
+        (container,) = pod["containers"]
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
+        assert {"startupProbe", "readinessProbe", "livenessProbe"} <= set(container)
+        assert container["resources"]["limits"]["memory"]
+        assert deployment["spec"]["strategy"]["rollingUpdate"]["maxUnavailable"] == 0
+        # preStop, then the drain: both must fit before SIGKILL.
+        pause_s = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
+        assert pod["terminationGracePeriodSeconds"] > pause_s + float(settings["EDSC_DRAIN_S"])
+        # Names that refer to each other.
+        labels = deployment["spec"]["template"]["metadata"]["labels"]
+        assert deployment["spec"]["selector"]["matchLabels"].items() <= labels.items()
+        assert services[name]["spec"]["selector"].items() <= labels.items()
+        ports = {port["name"] for port in container["ports"]}
+        assert services[name]["spec"]["ports"][0]["targetPort"] in ports
+        budget = _kind("PodDisruptionBudget")[name]["spec"]
+        assert budget["selector"]["matchLabels"].items() <= labels.items()
+    for scaler in _kind("HorizontalPodAutoscaler").values():
+        assert scaler["spec"]["scaleTargetRef"]["name"] in deployments
+        assert "replicas" not in deployments[scaler["spec"]["scaleTargetRef"]["name"]]["spec"]
+
+
+def test_kubernetes_gateway_finds_every_pod() -> None:
+    """Headless services, and targets that gRPC's own resolver turns into all of their addresses."""
+    services, settings = _kind("Service"), _kind("ConfigMap")["settings"]["data"]
+    for name in ("transmitter", "channel", "receiver"):
+        spec = services[name]["spec"]
+        assert spec["clusterIP"] == "None"
+        target = settings[f"EDSC_{name.upper()}_TARGET"]
+        assert target == f"dns:///{name}:{spec['ports'][0]['port']}"
+    known = {f"EDSC_{field.upper()}" for field in Settings.model_fields}
+    assert {key for key in settings if key.startswith("EDSC_")} <= known
 
 
 def test_dockerfile_is_clean() -> None:

@@ -1,15 +1,20 @@
 """The transmitter as one call, on small random nets: what holds whatever the weights."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+from shared.batching import Steps, alone
 from shared.bundle import Bundle
 from shared.errors import BundleError, Cancelled, InvalidRequest, UnsupportedImage
 from shared.images import encode_png
 from shared.symbols import average_power
-from transmitter.pipeline import Transmitter
+from shared.telemetry import Metrics
+from shared.worker import Worker
+from transmitter.editing import Quality
+from transmitter.pipeline import Transmission, Transmitter
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +100,48 @@ def test_a_bundle_without_a_net_is_refused(tmp_path: Path) -> None:
     (tmp_path / "bundle.json").write_text('{"format": 1, "name": "x", "nets": {}}')
     with pytest.raises(BundleError, match="no net"):
         Transmitter.from_bundle(Bundle.open(tmp_path))
+
+
+EDITED = "make the smile bigger"
+
+
+def test_in_company_a_request_gets_what_it_gets_alone(
+    transmitter: Transmitter, photo: bytes
+) -> None:
+    """All qualities and sentences at once, which end at different steps, through one worker."""
+    orders: list[tuple[str, Quality, float]] = [
+        ("-", "fast", 6.0),
+        (EDITED, "fast", 0.0),
+        ("add eyeglasses", "fast", 12.0),
+        (EDITED, "balanced", 6.0),
+        ("make this person look older", "paper", -6.0),
+        ("-", "balanced", 18.0),
+    ]
+
+    def steps(instruction: str, quality: Quality, snr_db: float) -> Steps[Transmission]:
+        return transmitter.transmitting(
+            photo, instruction, snr_db=snr_db, quality=quality, align=False
+        )
+
+    separate = [alone(steps(*order)) for order in orders]
+    metrics = Metrics("test")
+    worker = Worker(10, metrics, max_batch=8, max_delay_s=1.0)
+    try:
+        futures = [worker.submit_steps(None, partial(steps, *order)) for order in orders]
+        together = [future.result(60) for future in futures]
+    finally:
+        worker.stop(5.0)
+    for mine, other in zip(separate, together, strict=True):
+        torch.testing.assert_close(other.symbols, mine.symbols, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(other.sent, mine.sent, atol=1e-3, rtol=1e-3)
+        fields = ("edit", "before", "expected", "after", "reached", "match_steps", "faces_found")
+        for name in fields:
+            assert getattr(other, name) == getattr(mine, name), name
+    text = metrics.text().decode()
+    passes, items = (
+        float(
+            text.split(f'edsc_batch_size_{what}{{operation="look",service="test"}} ')[1].split()[0]
+        )
+        for what in ("count", "sum")
+    )
+    assert items > passes, "nothing was shared"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Final, cast, get_args
 
 import torch
+from torch import Tensor
 
 from shared.attributes import ATTRIBUTES
 from shared.batching import Operation, Steps, ask
@@ -24,7 +25,7 @@ from transmitter.pipeline import NO_EDIT, Transmission, Transmitter
 
 DEFAULT_QUALITY: Final[Quality] = "balanced"
 LANES: Final[tuple[Quality, ...]] = (DEFAULT_QUALITY, "fast", "paper")
-PICTURES: Final = Operation(
+PICTURES: Final[Operation[Tensor, bytes]] = Operation(
     "pictures", lambda images: [encode_png(image) for image in images], aside=True
 )
 
