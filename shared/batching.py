@@ -29,13 +29,14 @@ class Operation(Generic[Item, Result]):
     """Something that costs less for several items at once than for one after another.
 
     name: for metrics. run: items -> results, as many and in the same order. most: items in one
-    call. aside: items are taken one by one, on a thread of their own beside the batches (pictures
-    are decoded so).
+    call. dear: most of the work, so a pass that is not full may wait for company. aside: items are
+    taken one by one, on a thread of their own beside the batches (pictures are decoded so).
     """
 
     name: str
     run: Callable[[Sequence[Item]], Sequence[Result]]
     most: int = 64
+    dear: bool = False
     aside: bool = False
 
     def __post_init__(self) -> None:

@@ -59,7 +59,7 @@ class Settings(BaseSettings):
         description="requests of a lane (a quality) waiting, beside those in progress",
     )
     max_batch: int = Field(
-        default=8,
+        default=16,
         ge=1,
         le=256,
         description="requests of a lane in progress at once, which share passes; 1: no batching",
@@ -165,7 +165,7 @@ def settings_from_flags(service: ServiceName, argv: Sequence[str] | None = None)
     parser.add_argument("--device", help='"cpu" (default), "cuda", "auto"')
     parser.add_argument("--threads", type=int, help="threads per inference; 0: torch's choice")
     parser.add_argument("--queue-size", type=int, help="requests that may wait, per quality (16)")
-    parser.add_argument("--max-batch", type=int, help="requests that share passes; 1: none (8)")
+    parser.add_argument("--max-batch", type=int, help="requests that share passes; 1: none (16)")
     parser.add_argument("--max-delay-ms", type=float, help="wait for others to share with (2)")
     parser.add_argument("--drain-s", type=float, help="seconds for calls under way after SIGTERM")
     parser.add_argument("--log-level", choices=["debug", "info", "warning", "error"])

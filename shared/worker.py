@@ -385,7 +385,8 @@ class Worker:
 
     @staticmethod
     def _operation_of(jobs: list[_Job]) -> Operation[Any, Any]:
-        """What most of the lane's items wait for; but nobody is passed over for long."""
+        """A full pass before one that is not; a dear one that is not full comes last, when the
+        others have brought it all that they can. But nobody is passed over for long."""
         waiting: dict[Operation[Any, Any], int] = {}
         for job in jobs:
             assert job.wanted is not None
@@ -393,7 +394,8 @@ class Worker:
             if job.passed_over >= _PATIENCE:
                 return operation
             waiting[operation] = waiting.get(operation, 0) + len(job.wanted.items)
-        return max(waiting, key=lambda operation: min(waiting[operation], operation.most))
+        full = [operation for operation, items in waiting.items() if items >= operation.most]
+        return full[0] if full else min(waiting, key=lambda operation: operation.dear)
 
     def _step(self) -> None:
         """One pass: an operation, on the items of as many requests as ask for it and fit."""

@@ -21,17 +21,21 @@ from shared.settings import Settings
 PHOTO = encode_png(torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(4)) * 2 - 1)
 
 
-def until(true: Callable[[], bool], what: str, seconds: float = 60.0) -> None:
+def until(true: Callable[[], bool], what: str, seconds: float = 180.0) -> None:
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline, f"{what}: not within {seconds:g} s"
         time.sleep(0.02)
 
 
-def settings_for(bundle: Path, **changes: float) -> Settings:
+def settings_for(bundle: Path, max_connection_age_s: float = 60.0) -> Settings:
     return Settings(
-        weights=bundle, threads=1, default_deadline_s=20.0, log_level="error", **changes
-    )  # type: ignore[arg-type]  # the numbers are all of them floats
+        weights=bundle,
+        threads=1,
+        default_deadline_s=20.0,
+        log_level="error",
+        max_connection_age_s=max_connection_age_s,
+    )
 
 
 def test_replicas_are_read_from_words() -> None:

@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
+from functools import partial
 from typing import Any
 
 import pytest
@@ -44,7 +45,7 @@ class Squares:
         self.free = threading.Event()
         self.free.set()
         self.begun = threading.Event()
-        self.operation = Operation("square", self.run, most, aside)
+        self.operation = Operation("square", self.run, most, aside=aside)
 
     def run(self, items: Sequence[int]) -> list[int]:
         self.passes.append(list(items))
@@ -107,9 +108,7 @@ def test_requests_share_passes_though_they_end_at_different_steps(
     first = worker.submit_steps(None, lambda: sum_of_squares(squares, [1]))
     assert squares.begun.wait(5)  # the others come while a pass is under way, and join the next
     rest = [
-        worker.submit_steps(
-            None, lambda n=n: sum_of_squares(squares, [10 * n + i for i in range(n)])
-        )
+        worker.submit_steps(None, partial(sum_of_squares, squares, [10 * n + i for i in range(n)]))
         for n in (1, 2, 3)
     ]
     squares.free.set()
@@ -145,7 +144,7 @@ def test_a_request_that_spoils_a_pass_spoils_its_own_only(workers: Callable[...,
     squares = Squares()
     worker = workers(max_batch=3, max_delay_s=1.0)
     numbers = (2, -1, 3)
-    futures = [worker.submit_steps(None, lambda n=n: sum_of_squares(squares, [n])) for n in numbers]
+    futures = [worker.submit_steps(None, partial(sum_of_squares, squares, [n])) for n in numbers]
     assert futures[0].result(5) == 4
     assert futures[2].result(5) == 9
     with pytest.raises(ZeroDivisionError):
@@ -230,8 +229,9 @@ def test_neither_lane_starves(workers: Callable[..., Worker]) -> None:
 
     def taking(name: str, seconds: float) -> Operation[int, int]:
         def run(items: Sequence[int]) -> list[int]:
+            start = time.perf_counter()
             time.sleep(seconds)
-            spent[name] += seconds
+            spent[name] += time.perf_counter() - start  # on a busy machine more than `seconds`
             return list(items)
 
         return Operation(name, run)
@@ -247,14 +247,11 @@ def test_neither_lane_starves(workers: Callable[..., Worker]) -> None:
     time.sleep(0.1)
     before = dict(spent)
     fast = [worker.submit_steps(None, lambda: asks(cheap, 8), "fast") for _ in range(20)]
-    start = time.monotonic()
     for future in fast:
         future.result(20)
     assert not any(future.done() for future in paper), "the quick ones went first, at least"
     used = {name: spent[name] - before[name] for name in spent}
     assert 0.5 < used["fast"] / used["paper"] < 2.0
-    # 80 passes of 4 ms, and as much again for the others: not the 2.4 s of all the long ones.
-    assert time.monotonic() - start < 2.0
     for future in paper:
         future.result(20)
 

@@ -241,7 +241,7 @@ class Matching:
             return _walk_together(fields, stretches)
 
         return cls(
-            Operation("look", look, most),
+            Operation("look", look, most, dear=True),
             Operation("walk", walk),
             fields.config,
             predictor,

@@ -246,7 +246,7 @@ class Inverting:
             Operation("encode", encode, most),
             Operation("see", see, most),
             # A backward pass holds every activation: half as many at once.
-            Operation("descend", descend, max(1, most // 2)),
+            Operation("descend", descend, max(1, most // 2), dear=True),
         )
 
 
