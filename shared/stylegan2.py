@@ -170,7 +170,8 @@ class ModulatedConv(nn.Module):
             if torch.is_grad_enabled():
                 return torch.addcmul(shift, x, factor)
             # In place: of a batch of tensors, fresh memory costs more than the arithmetic.
-            return x.mul_(factor).add_(shift)
+            scaled: Tensor = x.mul_(factor).add_(shift)
+            return scaled
         return x if bias is None else x + bias.to(x.dtype)[:, None, None]
 
 
