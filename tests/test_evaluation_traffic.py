@@ -1,7 +1,6 @@
 """Load and what is made of it; the experiments themselves, with small random nets."""
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +26,17 @@ def test_goodput_counts_what_was_done_in_time() -> None:
         goodput_hz(seen, 4.0, 4.0)
 
 
-def test_open_loop_keeps_its_rate_whatever_the_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_loop_keeps_its_rate_whatever_the_answers() -> None:
     """Nobody listens: every request is lost at once, and the next still comes at its time."""
     traffic = Traffic("http://127.0.0.1:9", [b"photo"], timeout_s=1.0)
-    start = time.monotonic()
     open_loop(traffic, 100.0, 1.0, seed=3)
-    assert time.monotonic() - start < 5.0
     # Poisson with mean 100: 99.9 % within 4 standard deviations.
     assert 60 < len(traffic.outcomes) < 140
     assert statuses(traffic.outcomes) == {"lost": len(traffic.outcomes)}
     assert "ConnectError" in traffic.outcomes[0].why
 
 
-def test_what_is_sent_is_an_edit(services: Settings) -> None:
+def test_what_is_sent_is_an_edit() -> None:
     import asyncio
 
     from fastapi import FastAPI, Request
