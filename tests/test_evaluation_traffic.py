@@ -10,7 +10,6 @@ import pytest
 from evaluation import bench_service
 from evaluation.bench_service import Options, Report
 from evaluation.traffic import Outcome, Traffic, failures, goodput_hz, open_loop, statuses
-from shared.settings import Settings
 
 
 def outcomes(*found: tuple[float, int]) -> list[Outcome]:
