@@ -165,7 +165,8 @@ class ModulatedConv(nn.Module):
             scale = gain * (style.float().square() @ energy.t() + 1e-8).rsqrt()  # [B, O]
             factor = scale.to(x.dtype)[:, :, None, None]
             if bias is None:
-                return x * factor
+                modulated: Tensor = x * factor
+                return modulated
             shift = (gain * bias).to(x.dtype)[:, None, None]
             if torch.is_grad_enabled():
                 return torch.addcmul(shift, x, factor)
