@@ -94,7 +94,7 @@ class Outcome:
     image: [1, 3, S, S] in [-1, 1], what the receiver ends up with. sent: as a perfect channel would
     have delivered it; with M1, before the edit. cbr: real numbers per value (the paper's way of
     counting) and complex uses, CRC, headers, padding and pilots included. cbr_printed: the figure
-    the paper has for such a scheme. bits: of the picture's stream, headers included; None for
+    the paper has for such a scheme, if any. bits: of the picture's stream, headers included; None for
     analogue schemes, as is ber, the share of the message's bits that are wrong after channel
     decoding. blocks, block_errors: code blocks and lost ones. decoded: everything digital arrived:
     no block is lost, no command misread. degrees: of `image` where the receiver edited, else of
@@ -104,7 +104,7 @@ class Outcome:
     image: Tensor
     sent: Tensor
     cbr: Cbr
-    cbr_printed: float
+    cbr_printed: float | None
     bits: int | None
     ber: float | None
     blocks: int
@@ -135,8 +135,8 @@ class BaseScheme:
         return 0
 
     @property
-    def cbr_printed(self) -> float:
-        """What the paper prints for such a scheme, 0.0104, 0.0389 or 0.0833 at 128 px."""
+    def cbr_printed(self) -> float | None:
+        """What the paper prints for such a scheme: 0.0104, 0.0389 or 0.0833 at 128 px; or None."""
         raise NotImplementedError
 
     def cbr(self, pilots: int = 0) -> Cbr:
@@ -213,8 +213,8 @@ class LatentScheme(BaseScheme):
         return self.adapters.config.latent // 2
 
     @property
-    def cbr_printed(self) -> float:
-        return self.cbr().paper
+    def cbr_printed(self) -> float | None:
+        return self.cbr().paper if self.plan.scheme is Scheme.EDITABLE_DEEPSC else None
 
     def transmit(
         self,
@@ -247,7 +247,9 @@ class LatentScheme(BaseScheme):
 class PictureScheme(BaseScheme):
     """The editor on its own, before (M2) or after (M1) a carrier of pictures."""
 
-    def __init__(self, plan: Plan, editor: Editor, carrier: Carrier, cbr_printed: float) -> None:
+    def __init__(
+        self, plan: Plan, editor: Editor, carrier: Carrier, cbr_printed: float | None
+    ) -> None:
         self.plan, self.editor, self.carrier = plan, editor, carrier
         self._cbr_printed = cbr_printed
 
@@ -260,7 +262,7 @@ class PictureScheme(BaseScheme):
         return self.carrier.header_uses
 
     @property
-    def cbr_printed(self) -> float:
+    def cbr_printed(self) -> float | None:
         return self._cbr_printed
 
     def transmit(
@@ -356,19 +358,19 @@ class Schemes(Mapping[str, BaseScheme]):
             return PictureScheme(plan, self.editor, carrier, printed)
         assert plan.rate is not None  # every coded carrier has one
         codec: PictureCodec
+        in_paper: float | None = None
         if plan.carrier == "jpeg":
             bits_per_pixel = jpeg_bits_per_pixel(size)
             capacity = bytes_at(bits_per_pixel, size)
             codec = Jpeg(size, capacity - with_command)
-            printed = cbr_as_printed(bits_per_pixel, plan.rate)
+            in_paper = cbr_as_printed(bits_per_pixel, plan.rate)
         else:
             uses = self._latent_code().config.latent // 2
             capacity = capacity_of(uses, plan.rate)
             codec = Avif(size, capacity - with_command)
-            printed = cbr(uses, size, size).paper
         link = CodedLink(capacity, plan.rate)
         coded = CodedCarrier(codec, link, with_command=with_command)
-        return PictureScheme(plan, self.editor, coded, printed)
+        return PictureScheme(plan, self.editor, coded, in_paper)
 
     def _latent_code(self) -> Adapters:
         if self._adapters is None:

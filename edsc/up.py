@@ -6,6 +6,7 @@
           --> python -m channel_sim   |  each with its port; logs come back as `name | line`
           --> python -m receiver      |
           --> python -m gateway       |  told where the three are
+          --> python -m baselines     |  if wanted: the schemes compared with
 
 If one dies, whoever waits is told which and with what last words; on the way out all are drained.
 """
@@ -21,12 +22,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Final, Self
+from typing import Final, Literal, Self
 
 import httpx
 
 from shared.errors import EdscError, Unavailable
-from shared.settings import SERVICE_NAMES, ServiceName, Settings
+from shared.rpc import GrpcService, wait_until_serving
+from shared.settings import ServiceName, Settings
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 MODULES: Final[Mapping[ServiceName, str]] = {
@@ -34,6 +36,7 @@ MODULES: Final[Mapping[ServiceName, str]] = {
     "channel": "channel_sim",
     "receiver": "receiver",
     "gateway": "gateway",
+    "baselines": "baselines",
 }
 START_S: Final = 120.0  # weights from a cold disk, four imports of torch on two cores
 LAST_WORDS: Final = 30  # lines kept of each process
@@ -41,10 +44,11 @@ SPARE_S: Final = 5.0  # on top of the drain, before a process is killed
 
 
 class Stack:
-    """The four processes. Use as a context manager: started and healthy inside, stopped after.
+    """The processes. Use as a context manager: started and healthy inside, stopped after.
 
     settings: ports, weights, limits; handed to the processes as EDSC_* variables.
     free_ports: let the system choose every port (tests, a second stack on one machine).
+    baselines: start the fifth process, which carries the schemes compared with.
     log: called with (service, line) for every line that a process prints; any thread.
     """
 
@@ -53,9 +57,12 @@ class Stack:
         settings: Settings,
         *,
         free_ports: bool = False,
+        baselines: bool = False,
         log: Callable[[ServiceName, str], None] | None = None,
     ) -> None:
         self.settings = settings
+        extra: tuple[Literal["baselines"], ...] = ("baselines",) if baselines else ()
+        self._services: tuple[GrpcService, ...] = ("transmitter", "channel", "receiver", *extra)
         self._free_ports = free_ports
         self._log = log
         self._processes: dict[ServiceName, subprocess.Popen[str]] = {}
@@ -74,7 +81,7 @@ class Stack:
 
     @property
     def pids(self) -> dict[str, int]:
-        """Process id of each of the four."""
+        """Process id of each."""
         return {name: process.pid for name, process in self._processes.items()}
 
     def target(self, service: ServiceName) -> str:
@@ -93,9 +100,9 @@ class Stack:
 
     def __enter__(self) -> Self:
         try:
-            for name in SERVICE_NAMES[:3]:
+            for name in self._services:
                 self.start(name)
-            for name in SERVICE_NAMES[:3]:
+            for name in self._services:
                 self._wait_listening(name)
             self.start("gateway")
             self._wait_listening("gateway")
@@ -134,11 +141,13 @@ class Stack:
         reader.start()
 
     def wait_ready(self, timeout_s: float = START_S) -> None:
-        """Block until all three services are SERVING, as the gateway sees them.
+        """Block until all services are SERVING, as the gateway sees them.
 
         Raises Unavailable when one dies or when `timeout_s` seconds are over.
         """
         deadline = time.monotonic() + timeout_s
+        if "baselines" in self._services:
+            self._wait_baselines(deadline)
         states: object = "no answer"
         with httpx.Client(base_url=self.url, timeout=5.0, verify=False) as client:
             while time.monotonic() < deadline:
@@ -168,7 +177,8 @@ class Stack:
     def stop(self) -> None:
         """Drain the gateway first, so that edits under way still find the services; then those."""
         grace_s = self.settings.drain_s + SPARE_S
-        for names in (("gateway",), SERVICE_NAMES[:3]):
+        groups: tuple[tuple[ServiceName, ...], ...] = (("gateway",), self._services)
+        for names in groups:
             for name in names:
                 if (process := self._processes.get(name)) is not None and process.poll() is None:
                     process.terminate()
@@ -201,7 +211,7 @@ class Stack:
         # One metrics port cannot serve four processes; the gateway's are at /metrics anyway.
         environment.pop("EDSC_METRICS_PORT", None)
         if name == "gateway":
-            for service in SERVICE_NAMES[:3]:
+            for service in self._services:
                 environment[f"EDSC_{service.upper()}_TARGET"] = self.target(service)
         return environment
 
@@ -216,6 +226,18 @@ class Stack:
             self._last_words[name].append(line)
             if self._log is not None:
                 self._log(name, line)
+
+    def _wait_baselines(self, deadline: float) -> None:
+        """The gateway is ready without them, so they are asked directly."""
+        settings = self.settings.model_copy(update={"baselines_target": self.target("baselines")})
+        while True:
+            self.check()
+            try:
+                wait_until_serving(settings, "baselines", timeout_s=1.0)
+                return
+            except Unavailable:
+                if time.monotonic() > deadline:
+                    raise
 
     def _wait_listening(self, name: ServiceName) -> None:
         deadline = time.monotonic() + START_S

@@ -1,4 +1,4 @@
-"""Settings of the four processes: one frozen object, read once, in `main`.
+"""Settings of the processes: one frozen object, read once, in `main`.
 
 Every field can be set in the environment as EDSC_<NAME> (EDSC_TRANSMITTER_PORT=50061), and the
 common ones on the command line of a service (`python -m channel_sim --port 0`), which wins.
@@ -7,13 +7,12 @@ common ones on the command line of a service (`python -m channel_sim --port 0`),
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, Literal
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-ServiceName = Literal["transmitter", "channel", "receiver", "gateway"]
-SERVICE_NAMES: Final[tuple[ServiceName, ...]] = get_args(ServiceName)
+ServiceName = Literal["transmitter", "channel", "receiver", "gateway", "baselines"]
 
 MIB: Final = 2**20
 
@@ -28,6 +27,7 @@ class Settings(BaseSettings):
     channel_port: int = Field(default=50052, ge=0, le=65535)
     receiver_port: int = Field(default=50053, ge=0, le=65535)
     gateway_port: int = Field(default=8000, ge=0, le=65535)
+    baselines_port: int = Field(default=50054, ge=0, le=65535)
     metrics_port: int | None = Field(
         default=None,
         ge=0,
@@ -40,6 +40,9 @@ class Settings(BaseSettings):
     )
     channel_target: str = ""
     receiver_target: str = ""
+    baselines_target: str = Field(
+        default="", description="the optional process that carries the schemes compared with"
+    )
 
     weights: Path | None = Field(default=None, description="bundle folder; unset: the shipped one")
     device: str = Field(default="cpu", description='torch device: "cpu", "cuda", "cuda:1", "auto"')
@@ -84,15 +87,17 @@ class Settings(BaseSettings):
             "channel": self.channel_port,
             "receiver": self.receiver_port,
             "gateway": self.gateway_port,
+            "baselines": self.baselines_port,
         }
         return ports[service]
 
-    def target(self, service: Literal["transmitter", "channel", "receiver"]) -> str:
+    def target(self, service: Literal["transmitter", "channel", "receiver", "baselines"]) -> str:
         """gRPC target at which the gateway finds `service`."""
         chosen = {
             "transmitter": self.transmitter_target,
             "channel": self.channel_target,
             "receiver": self.receiver_target,
+            "baselines": self.baselines_target,
         }[service]
         # 0.0.0.0 and :: are addresses to bind, none to call.
         host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host

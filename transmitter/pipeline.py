@@ -143,7 +143,7 @@ class Transmitter:
         with watch("decode"):
             pixels = decode_photo(photo) if isinstance(photo, bytes) else photo  # [3, H, W]
         with watch("align"):
-            face, faces_found = self._aligned(pixels, align)
+            face, faces_found = self.aligned(pixels, align)
         with watch("invert"):
             face = face.to(self.device)
             steps = INVERSION_STEPS[quality]
@@ -185,8 +185,12 @@ class Transmitter:
             timings_ms=watch.timings_ms(),
         )
 
-    def _aligned(self, pixels: Tensor, find: bool) -> tuple[Tensor, int]:
-        """The face [1, 3, S, S] in [-1, 1], and how many faces the picture showed."""
+    def aligned(self, pixels: Tensor, find: bool) -> tuple[Tensor, int]:
+        """The face [1, 3, S, S] in [-1, 1], and how many faces the picture showed.
+
+        pixels: uint8 [3, H, W]. find: look for the largest face; without, the picture is the face,
+        and must be square. Raises NoFaceFound, InvalidRequest.
+        """
         size = self.image_size
         height, width = pixels.shape[1:]
         if not find:

@@ -7,16 +7,16 @@ from typing import Final, cast, get_args
 
 import torch
 
-from shared.attributes import ATTRIBUTES
 from shared.bundle import Bundle
 from shared.compute import prepare
 from shared.errors import EdscError, InvalidRequest, PayloadTooLarge
 from shared.images import encode_png
 from shared.pb import edsc_pb2, edsc_pb2_grpc
 from shared.rpc import Call, Server, Slot, streaming, unary
+from shared.schemes import Scheme
 from shared.settings import MIB, Settings
 from shared.symbols import check_snr_db
-from shared.wire import edit_to_wire, frame_to_wire, model_to_wire
+from shared.wire import degrees_to_wire, edit_to_wire, frame_to_wire, model_to_wire
 from shared.worker import Worker
 from transmitter.editing import Quality
 from transmitter.pipeline import NO_EDIT, Transmission, Transmitter
@@ -46,7 +46,7 @@ class TransmitterService(edsc_pb2_grpc.TransmitterServicer):
         """Photo and sentence to symbols."""
         model = self._model.get()
         check_request(request, self.server.settings)
-        return self.server.worker.run(call, lambda: transmit(model, request, call, None))
+        return self.server.worker.run(call, lambda: self.transmit(model, request, call, None))
 
     @streaming
     def TransmitStream(
@@ -63,7 +63,9 @@ class TransmitterService(edsc_pb2_grpc.TransmitterServicer):
             )
             events.put(edsc_pb2.TransmitEvent(progress=told))
 
-        future = self.server.worker.submit(call, lambda: transmit(model, request, call, progress))
+        future = self.server.worker.submit(
+            call, lambda: self.transmit(model, request, call, progress)
+        )
         future.add_done_callback(lambda _: events.put(None))
         try:
             while (event := events.get(timeout=call.remaining_s())) is not None:
@@ -99,6 +101,31 @@ class TransmitterService(edsc_pb2_grpc.TransmitterServicer):
         """Which weights are loaded and what they can do."""
         return self._model.get().description
 
+    def transmit(
+        self,
+        model: Model,
+        request: edsc_pb2.TransmitRequest,
+        call: Call,
+        progress: Callable[[str, float], None] | None,
+    ) -> edsc_pb2.TransmitReply:
+        """Run the pipeline on a checked request; on the worker's thread."""
+        scheme = Scheme.parse(request.scheme)
+        if scheme is not Scheme.EDITABLE_DEEPSC:
+            raise InvalidRequest(
+                f"scheme is {scheme.value!r}; expected {Scheme.EDITABLE_DEEPSC.value!r}: the others"
+                " are carried by the process `baselines`"
+            )
+        sent = model.transmitter.transmit(
+            request.image,
+            request.instruction,
+            snr_db=request.snr_db,
+            quality=quality_of(request),
+            align=align_of(request),
+            cancelled=call.cancelled,
+            progress=progress,
+        )
+        return reply_with(sent, request, call)
+
 
 def check_sentence(instruction: str, settings: Settings) -> None:
     """Raise InvalidRequest for an empty or an over-long sentence."""
@@ -129,22 +156,20 @@ def check_request(request: edsc_pb2.TransmitRequest, settings: Settings) -> None
         )
 
 
-def transmit(
-    model: Model,
-    request: edsc_pb2.TransmitRequest,
-    call: Call,
-    progress: Callable[[str, float], None] | None,
+def quality_of(request: edsc_pb2.TransmitRequest) -> Quality:
+    """The quality asked for, or the default."""
+    return cast(Quality, request.quality or DEFAULT_QUALITY)
+
+
+def align_of(request: edsc_pb2.TransmitRequest) -> bool:
+    """Whether the face is to be found and aligned; true where the request does not say."""
+    return request.align if request.HasField("align") else True
+
+
+def reply_with(
+    sent: Transmission, request: edsc_pb2.TransmitRequest, call: Call
 ) -> edsc_pb2.TransmitReply:
-    """Run the pipeline on a checked request; on the worker's thread."""
-    sent = model.transmitter.transmit(
-        request.image,
-        request.instruction,
-        snr_db=request.snr_db,
-        quality=cast(Quality, request.quality or DEFAULT_QUALITY),
-        align=request.align if request.HasField("align") else True,
-        cancelled=call.cancelled,
-        progress=progress,
-    )
+    """The reply with the pictures and the time per stage."""
     for stage, milliseconds in sent.timings_ms.items():
         if stage != "total":
             call.watch.add(stage, milliseconds)
@@ -168,12 +193,7 @@ def transmission_to_wire(sent: Transmission, snr_db: float) -> edsc_pb2.Transmit
         reply.edit.CopyFrom(edit_to_wire(sent.edit, sent.confidence or 0.0))
     if sent.reached is not None:
         reply.reached = sent.reached
-    for attribute in ATTRIBUTES:
-        degrees = reply.degrees.add(attribute=attribute.value, after=sent.after[attribute.index])
-        if sent.before is not None:
-            degrees.before = sent.before[attribute.index]
-        if sent.edit is not None and sent.expected is not None and sent.edit.attribute is attribute:
-            degrees.expected = sent.expected
+    reply.degrees.extend(degrees_to_wire(sent.after, sent.before, sent.edit, sent.expected))
     return reply
 
 
