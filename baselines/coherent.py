@@ -15,6 +15,7 @@ Gaussian approximation that the receiver of Editable-DeepSC makes.
 """
 
 import math
+from functools import lru_cache
 from typing import Final
 
 import torch
@@ -118,6 +119,7 @@ def part(reception: Reception, start: int, stop: int) -> Reception:
     )
 
 
+@lru_cache(maxsize=1)
 def _walsh() -> Tensor:
     """Walsh functions as bits [128, 128]: bit (i, j) is the parity of i AND j."""
     index = torch.arange(_WALSH)

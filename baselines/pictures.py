@@ -298,7 +298,7 @@ def _decoded(file: bytes, size: int) -> Tensor:
     try:
         with Image.open(io.BytesIO(file), formats=("JPEG", "AVIF")) as picture:
             array = np.array(picture.convert("RGB"))  # [S, S, 3]
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, RuntimeError, SyntaxError, ValueError) as error:
         raise InvalidRequest(f"{len(file)} bytes are no picture: {error}") from error
     if array.shape != (size, size, 3):
         raise InvalidRequest(f"picture is {array.shape}; expected ({size}, {size}, 3)")

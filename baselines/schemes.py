@@ -94,8 +94,8 @@ class Outcome:
     image: [1, 3, S, S] in [-1, 1], what the receiver ends up with. sent: as a perfect channel would
     have delivered it; with M1, before the edit. cbr: real numbers per value (the paper's way of
     counting) and complex uses, CRC, headers, padding and pilots included. cbr_printed: the figure
-    the paper has for such a scheme, if any. bits: of the picture's stream, headers included; None for
-    analogue schemes, as is ber, the share of the message's bits that are wrong after channel
+    the paper has for such a scheme, if any. bits: of the picture's stream, headers included; None
+    for analogue schemes, as is ber, the share of the message's bits that are wrong after channel
     decoding. blocks, block_errors: code blocks and lost ones. decoded: everything digital arrived:
     no block is lost, no command misread. degrees: of `image` where the receiver edited, else of
     `sent`. timings_ms: by stage, "total" their sum.
