@@ -68,8 +68,7 @@ def test_sent_tables_cost_what_the_headers_weigh(picture: Tensor, size: int) -> 
     large = F.interpolate(picture, (size, size), mode="bicubic").clamp(-1, 1)
     pillow, scale = codec_input(large), 128
     shared, sent = (
-        Jpeg(size, 10**6, tables)._stream(pillow, scale)  # type: ignore[arg-type]
-        for tables in ("shared", "sent")
+        Jpeg(size, 10**6, tables)._stream(pillow, scale) for tables in ("shared", "sent")
     )
     assert len(sent) - len(shared) == 623 - 1
     assert sent.endswith(shared[1:])
@@ -159,7 +158,7 @@ def test_more_bytes_make_better_pictures(picture: Tensor) -> None:
         [Jpeg(SIZE, capacity) for capacity in (700, 1433, 3000)],
         [Avif(SIZE, capacity) for capacity in (60, 200, 800)],
     ):
-        quality = [psnr(codec.decode(codec.encode(picture), True), picture) for codec in codecs]  # type: ignore[attr-defined]
+        quality = [psnr(codec.decode(codec.encode(picture), True), picture) for codec in codecs]
         assert quality == sorted(quality)
         assert quality[-1] > quality[0] + 3
 
