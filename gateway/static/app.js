@@ -141,6 +141,8 @@ function describeScheme() {
   $("scheme-words").textContent = scheme ? `${scheme.description}${cost}.${hint}` : "";
 }
 $("scheme").addEventListener("change", describeScheme);
+// Their process may have come or gone since.
+$("scheme").closest("details").addEventListener("toggle", () => loadSchemes().catch(() => {}));
 
 // ------------------------------------------------------------------------------------------ sending
 
