@@ -57,8 +57,8 @@ class Scheme(StrEnum):
             raise InvalidRequest(f"scheme is {name!r}; expected one of {expected}") from None
 
 
-# The paper's rate for JPEG; for AVIF at 256 channel uses the only one at which nearly every face
-# has a stream that fits.
+# The paper's rate for JPEG. For AVIF the highest: of 200 test faces, 192 have a stream that fits
+# into 256 channel uses then, at rate 1/3 none.
 USUAL_RATES: Final[Mapping[str, Fraction]] = MappingProxyType(
     {"jpeg": Fraction(1, 3), "avif": Fraction(3, 4)}
 )
