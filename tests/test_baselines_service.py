@@ -302,7 +302,9 @@ def test_up_with_baselines_ends_with_them(baselines_bundle: Path) -> None:
     )  # fmt: skip
     try:
         assert process.stdout is not None
-        url = process.stdout.readline().split()[4]
+        line = process.stdout.readline()
+        assert line, process.communicate(timeout=60)[1]
+        url = line.split()[4]
         entries = httpx.get(f"{url}/v1/schemes").json()["schemes"]
         assert all(entry["available"] for entry in entries)
         process.send_signal(signal.SIGTERM)
