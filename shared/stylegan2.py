@@ -163,7 +163,7 @@ class ModulatedConv(nn.Module):
         if self.demodulate:
             energy = self.weight.float().square().sum((2, 3))  # [O, I]
             scale = gain * (style.float().square() @ energy.t() + 1e-8).rsqrt()  # [B, O]
-            factor = scale.to(x.dtype)[:, :, None, None]
+            factor: Tensor = scale.to(x.dtype)[:, :, None, None]
             if bias is not None:
                 return torch.addcmul((gain * bias).to(x.dtype)[:, None, None], x, factor)
             return x * factor
