@@ -70,7 +70,11 @@ def train(
             torch.manual_seed(options.seed)
             encoder = TextEncoder(config or TextConfig(known_words())).to(run.device)
         optimiser = torch.optim.AdamW(
-            encoder.parameters(), recipe.rate, (0.9, 0.98), weight_decay=recipe.weight_decay
+            encoder.parameters(),
+            recipe.rate,
+            (0.9, 0.98),
+            weight_decay=recipe.weight_decay,
+            fused=True,
         )
         started: dict[str, Any] = {}
         if saved is None and recipe.warm:
@@ -121,7 +125,11 @@ def train(
             sentences, labels = to_tensors(encoder, batch, run.device, hide)
             for group in optimiser.param_groups:
                 group["lr"] = rate_at(run.step, recipe)
-            loss = loss_of(encoder(sentences), labels, recipe.smoothing)
+            # Of a training step the LSTM is the most: bfloat16 makes it three times as fast where
+            # the processor has it.
+            with torch.autocast(run.device.type, torch.bfloat16):
+                heads = encoder(sentences)
+            loss = loss_of(heads, labels, recipe.smoothing)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
@@ -227,7 +235,7 @@ def loss_of(heads: Heads, labels: Tensor, smoothing: float) -> Tensor:
     for logits, wanted in zip(heads, labels.T, strict=True):
         # Divided by the whole batch: sentences without the label count as none.
         losses = F.cross_entropy(
-            logits, wanted, ignore_index=-1, label_smoothing=smoothing, reduction="sum"
+            logits.float(), wanted, ignore_index=-1, label_smoothing=smoothing, reduction="sum"
         )
         total = total + losses / len(labels)
     return total

@@ -57,8 +57,10 @@ def tokenise(text: str) -> list[str]:
     Accents and case are dropped, "don't" becomes "dont", "soooo" becomes "so", hyphens and emoji
     separate words and vanish. Returns an empty list where nothing readable is left.
     """
-    text = unicodedata.normalize("NFKD", text.translate(_PLAIN)).lower()
-    text = "".join(letter for letter in text if not unicodedata.combining(letter))
+    text = text.translate(_PLAIN).lower()
+    if not text.isascii():
+        text = unicodedata.normalize("NFKD", text).lower()
+        text = "".join(letter for letter in text if not unicodedata.combining(letter))
     text = _REPEATED.sub(r"\1", text)
     return [token.replace("'", "") for token in _TOKEN.findall(text)]
 
