@@ -46,10 +46,11 @@ DEMANDED = {"direction": 0.98, "refused": 0.97}  # shares of right answers, see 
 class Recipe:
     """What the run does; the defaults are the shipped net's."""
 
-    steps: int = 9000
+    steps: int = 3200
     batch: int = 128
-    written: float = 0.5  # share of written sentences; the others are the grammar's
+    written: float = 0.6  # share of written sentences; the others are the grammar's
     chunk: int = 16  # batches drawn at once and sorted by length, so that padding is short
+    turns: int = 2  # times that a chunk is gone through: to draw one costs as much as a turn
     rate: float = 3e-3
     warm_up: int = 100
     weight_decay: float = 0.01
@@ -117,10 +118,10 @@ def train(
         encoder.train()
         chunk: list[list[Sentence]] = []
         while run.step < recipe.steps and not run.stopping:
-            number, place = divmod(run.step, recipe.chunk)
+            number, place = divmod(run.step, recipe.chunk * recipe.turns)
             if place == 0 or not chunk:
                 chunk = draw_chunk(options.seed, number, recipe)
-            batch = chunk[place]
+            batch = chunk[place % recipe.chunk]
             hide = hider(options.seed, run.step, recipe.hidden_words)
             sentences, labels = to_tensors(encoder, batch, run.device, hide)
             for group in optimiser.param_groups:
@@ -137,9 +138,9 @@ def train(
             run.step += 1
             follow(average, encoder, min(recipe.averaged, (run.step + 1) / (run.step + 10)))
             run.images += len(batch)  # sentences here
-            if run.due("report", 0.25):
+            if run.due("report", 0.5):
                 run.record(loss=loss.item())
-            if run.due("checkpoint", 2):
+            if run.due("checkpoint", 5):
                 checkpoint()
         checkpoint()
 
@@ -242,13 +243,19 @@ def loss_of(heads: Heads, labels: Tensor, smoothing: float) -> Tensor:
 
 
 @torch.no_grad()
-def predict(encoder: TextEncoder, sentences: Sequence[Sentence]) -> list[Heads]:
+def predict(encoder: TextEncoder, sentences: Sequence[Sentence], batch: int = 128) -> list[Heads]:
     """Head probabilities of every sentence, each head [classes]."""
     encoder.eval()
     device = next(encoder.parameters()).device
-    batch, _ = to_tensors(encoder, sentences, device)
-    heads = [head.cpu().double().softmax(1) for head in encoder(batch)]
-    return [Heads(*(head[i] for head in heads)) for i in range(len(sentences))]
+    # In order of length, so that little is padded.
+    order = sorted(range(len(sentences)), key=lambda i: len(tokenise(sentences[i].text)))
+    found: dict[int, Heads] = {}
+    for begin in range(0, len(order), batch):
+        places = order[begin : begin + batch]
+        numbers, _ = to_tensors(encoder, [sentences[i] for i in places], device)
+        heads = [head.cpu().double().softmax(1) for head in encoder(numbers)]
+        found |= {i: Heads(*(head[row] for head in heads)) for row, i in enumerate(places)}
+    return [found[i] for i in range(len(sentences))]
 
 
 def read_all(probabilities: Sequence[Heads], threshold: float) -> list[Edit | None]:
@@ -306,20 +313,25 @@ def calibrate(
     """
     together = [sentence for sentences in unseen.values() for sentence in sentences]
     probabilities = predict(encoder, together)
+    read = read_all(probabilities, 0.0)
+    certain = [float(heads.scope[0] * heads.attribute.max()) for heads in probabilities]
+
+    def at(threshold: float) -> list[Edit | None]:
+        """What `read_all` gives at this threshold."""
+        return [e if c >= threshold else None for e, c in zip(read, certain, strict=True)]
+
     thresholds = [0.02 * i for i in range(5, 46)]
     worse = []
     for threshold in thresholds:
-        scores = score(read_all(probabilities, threshold), together)
+        scores = score(at(threshold), together)
         worse.append(round(min(scores[name] / share for name, share in DEMANDED.items()), 6))
     best = [t for t, value in zip(thresholds, worse, strict=True) if value == max(worse)]
     threshold = round(best[len(best) // 2], 2)
+    edits = at(threshold)
     found: dict[str, dict[str, float]] = {}
     begin = 0
     for name, sentences in unseen.items():
-        own = probabilities[begin : begin + len(sentences)]
+        own = edits[begin : begin + len(sentences)]
         begin += len(sentences)
-        found[name] = {
-            key: round(share, 4)
-            for key, share in score(read_all(own, threshold), sentences).items()
-        }
+        found[name] = {key: round(share, 4) for key, share in score(own, sentences).items()}
     return replace(encoder.config, threshold=threshold), found

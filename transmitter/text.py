@@ -133,8 +133,8 @@ class TextConfig:
     vocabulary: tuple[str, ...] = ()
     pieces: int = 4096
     width: int = 96
-    hidden: int = 160
-    layers: int = 2
+    hidden: int = 192
+    layers: int = 1
     dropout: float = 0.3
     threshold: float = 0.5  # set by the recipe on sentences that it does not train on
 
@@ -284,13 +284,14 @@ class TextEncoder(nn.Module):
     def forward(self, batch: Sentences) -> Heads:
         words = self.words(batch.words, batch.word_starts)  # [N, width]
         flat = self.drop(words + self.pieces(batch.pieces, batch.piece_starts))
-        padded = nn.utils.rnn.pad_sequence(
-            flat.split(batch.lengths.tolist()), batch_first=True
-        )  # [B, T, width]
         lengths = batch.lengths.to(flat.device)
+        steps = torch.arange(int(batch.lengths.max()), device=flat.device)  # [T]
+        padding = steps >= lengths[:, None]  # [B, T]
+        places = (lengths.cumsum(0) - lengths)[:, None] + steps  # of each token in `flat`
+        places = places.masked_fill(padding, 0)
+        padded = flat.index_select(0, places.flatten()).unflatten(0, places.shape)
         states = self.lstm(padded, lengths)  # [B, T, 2 hidden]
-        steps = torch.arange(states.shape[1], device=states.device)
-        padding = (steps[None, :] >= lengths[:, None])[..., None]
+        padding = padding[..., None]
         weights = self.attention(states).masked_fill(padding, -1e4).softmax(1)  # [B, T, 1]
         strongest = states.masked_fill(padding, -1e4).amax(1)
         pooled = torch.cat([(weights * states).sum(1), strongest], 1)  # [B, 4 hidden]
