@@ -108,7 +108,10 @@ def draw_written(rng: Random, path: Path = WRITTEN) -> Sentence:
         joined = _joined(rng, kept)
         if joined is not None:
             return joined
-    return vary(rng.choices(kept, cum_weights=_summed(path))[0], rng)
+    sentence = rng.choices(kept, cum_weights=_summed(path))[0]
+    if sentence.edit is not None and rng.random() < 0.15:
+        sentence = _of_another(sentence, rng)
+    return vary(sentence, rng)
 
 
 def _joined(rng: Random, kept: Sequence[Sentence]) -> Sentence | None:
@@ -118,6 +121,62 @@ def _joined(rng: Random, kept: Sequence[Sentence]) -> Sentence | None:
     join = rng.choice((". ", " and ", ", ", ". also ", " then ", ", plus ", " and also "))
     first = one.text.rstrip(" .!?")
     return labelled(misspell(f"{first}{join}{other.text}".lower(), rng), None, several=True)
+
+
+# What an edit is about, and things that no edit of ours is about but that are asked for alike.
+_NOUNS: Mapping[Attribute, tuple[re.Pattern[str], str]] = {
+    Attribute.BANGS: (
+        re.compile(r"\b(bangs|fringe)\b"),
+        "hair;eyebrows;ponytail;eyelashes;skirt;curls;scarf;ears;hat;ties;braids;sleeves",
+    ),
+    Attribute.EYEGLASSES: (
+        re.compile(
+            r"\b(eyeglasses|sunglasses|glasses|specs|spectacles|frames|frame|rims|shades)\b"
+        ),
+        "earrings;hat;necklace;headphones;scarf;eyebrows;lips;make-up;hoodie;ears;cap;lashes",
+    ),
+    Attribute.BEARD: (
+        re.compile(r"\b(beard|moustache|mustache|stubble|whiskers|facial hair)\b"),
+        "hair;eyebrows;chin;hat;tie;nose;ponytail;jaw;lipstick;neck;lashes;tattoo;scar",
+    ),
+    Attribute.SMILING: (
+        re.compile(r"\b(smile|grin|smiling|grinning)\b"),
+        "nose;mouth;lips;tan;eyes;chin;hat;make-up;dimples;cheeks;frown lines;picture",
+    ),
+    Attribute.AGE: (
+        re.compile(r"\b(older|younger|aged|young|old|wrinkles|youthful)\b"),
+        "slimmer;taller;prettier;blonder;paler;fatter;freckles;stronger;darker;bald;blond;tall",
+    ),
+}
+_TWINS = {Attribute.BANGS: Attribute.BEARD, Attribute.BEARD: Attribute.BANGS}
+_TWIN_NOUNS = {Attribute.BANGS: "bangs;fringe", Attribute.BEARD: "beard;moustache;beard"}
+_OURS = re.compile(
+    "bang|fring|glass|spec|frame|rim|lens|shade|beard|m[uo]+sta|stubbl|whisker|shav|goatee|razor|"
+    "smil|grin|laugh|happ|cheer|serious|beam|teeth|old|young|age|year|wrinkl|teen|child|kid|bab"
+)
+_PLACES = re.compile("forehead|brow|hair|eyes|face|chin|lip|cheek|shave|barber")
+
+
+def _of_another(sentence: Sentence, rng: Random) -> Sentence:
+    """The same request about another thing, to be refused: "trim his beard", "trim his tie".
+
+    Some of those about bangs or a beard become one about the other instead. As it was, where
+    more than the one noun tells what it is about.
+    """
+    edit = sentence.edit
+    assert edit is not None
+    pattern, others = _NOUNS[edit.attribute]
+    text = sentence.text.lower()
+    found = pattern.findall(text)
+    if len(found) != 1 or _OURS.search(pattern.sub("", text)):
+        return sentence
+    twin = _TWINS.get(edit.attribute)
+    if twin is not None and rng.random() < 0.4:
+        if edit.target not in (0, None) or _PLACES.search(text):
+            return sentence
+        other = rng.choice(_TWIN_NOUNS[twin].split(";"))
+        return labelled(pattern.sub(other, text), replace(edit, attribute=twin))
+    return labelled(pattern.sub(rng.choice(others.split(";")), text), None)
 
 
 def vary(sentence: Sentence, rng: Random) -> Sentence:
@@ -146,15 +205,17 @@ _GENDERS: Mapping[str, Mapping[str, str]] = {
 _WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
 # After "her", these show that it is no possessive: "make her smile", "give her a fringe".
 _NOT_OWNED = frozenset(
-    "a an the some to look with without more less older younger happy happier appear seem be have "
-    "wear and but so if for at in as like on into slightly somewhat much way far extremely bit "
-    "please plz pls back up down another any no not grow get laugh".split()
+    _WORD.findall(
+        "a an the some to look with without more less older younger happy happier appear seem be "
+        "have wear and but so if for at in as like on into slightly somewhat much way far "
+        "extremely bit please plz pls back up down another any no not grow get laugh"
+    )
 )
-_RELATIVES = (
+_RELATIVES = _WORD.findall(
     "man woman guy lady dad father mum mom mother brother sister husband wife boss friend uncle "
     "aunt grandpa grandma granddad grandmother grandfather son daughter cousin colleague neighbour "
     "boyfriend girlfriend teacher nephew niece roommate flatmate client coworker"
-).split()
+)
 _RELATIVE = re.compile(rf"\b(my|our|this|that|the) ({'|'.join(_RELATIVES)})\b")
 
 
