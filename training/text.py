@@ -46,10 +46,10 @@ DEMANDED = {"direction": 0.98, "refused": 0.97}  # shares of right answers, see 
 class Recipe:
     """What the run does; the defaults are the shipped net's."""
 
-    steps: int = 3600
-    batch: int = 128
+    steps: int = 4000
+    batch: int = 64
     written: float = 0.6  # share of written sentences; the others are the grammar's
-    chunk: int = 16  # batches drawn at once and sorted by length, so that padding is short
+    chunk: int = 32  # batches drawn at once and sorted by length, so that padding is short
     turns: int = 2  # times that a chunk is gone through: to draw one costs as much as a turn
     rate: float = 3e-3
     warm_up: int = 100
@@ -140,7 +140,7 @@ def train(
             run.images += len(batch)  # sentences here
             if run.due("report", 0.5):
                 run.record(loss=loss.item())
-            if run.due("checkpoint", 5):
+            if run.due("checkpoint", 10):
                 checkpoint()
         checkpoint()
 
