@@ -11,6 +11,7 @@ from training.sentences import labelled
 from training.written import (
     draw_written,
     held_out,
+    of_another,
     parse_label,
     read_written,
     split_written,
@@ -110,3 +111,26 @@ def test_refusals_stay_refusals() -> None:
 
 def test_codes_are_the_attributes_first_letters() -> None:
     assert [parse_label(f"{a[:2]}+1", "x").attribute for a in ATTRIBUTES] == list(range(5))
+
+
+def others(text: str, edit: Edit) -> dict[str, Edit | None]:
+    rng = Random(9)
+    drawn = [of_another(labelled(text, edit), rng) for _ in range(200)]
+    return {s.text: s.edit for s in drawn}
+
+
+def test_the_same_request_about_another_thing_is_refused() -> None:
+    plain = Edit(Attribute.SMILING, change=-3)
+    found = others("Her smile is too wide.", plain)
+    assert set(found.values()) == {None}
+    assert "her nose is too wide." in found
+    # Where more than the noun tells what it is about, the request is left alone.
+    assert others("Her smile shows too many teeth.", plain) == {
+        "Her smile shows too many teeth.": plain
+    }
+
+
+def test_requests_about_bangs_and_beards_change_places() -> None:
+    found = others("trim the beard a bit", Edit(Attribute.BEARD, change=-1))
+    assert found["trim the fringe a bit"] == Edit(Attribute.BANGS, change=-1)
+    assert found["trim the hat a bit"] is None

@@ -110,7 +110,7 @@ def draw_written(rng: Random, path: Path = WRITTEN) -> Sentence:
             return joined
     sentence = rng.choices(kept, cum_weights=_summed(path))[0]
     if sentence.edit is not None and rng.random() < 0.15:
-        sentence = _of_another(sentence, rng)
+        sentence = of_another(sentence, rng)
     return vary(sentence, rng)
 
 
@@ -157,7 +157,7 @@ _OURS = re.compile(
 _PLACES = re.compile("forehead|brow|hair|eyes|face|chin|lip|cheek|shave|barber")
 
 
-def _of_another(sentence: Sentence, rng: Random) -> Sentence:
+def of_another(sentence: Sentence, rng: Random) -> Sentence:
     """The same request about another thing, to be refused: "trim his beard", "trim his tie".
 
     Some of those about bangs or a beard become one about the other instead. As it was, where
