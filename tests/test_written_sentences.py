@@ -12,6 +12,7 @@ from training.written import (
     draw_written,
     held_out,
     of_another,
+    of_no_person,
     parse_label,
     read_written,
     split_written,
@@ -134,3 +135,13 @@ def test_requests_about_bangs_and_beards_change_places() -> None:
     found = others("trim the beard a bit", Edit(Attribute.BEARD, change=-1))
     assert found["trim the fringe a bit"] == Edit(Attribute.BANGS, change=-1)
     assert found["trim the hat a bit"] is None
+
+
+def test_animals_and_things_are_not_edited() -> None:
+    rng = Random(2)
+    asked = labelled("Put glasses on her.", Edit(Attribute.EYEGLASSES, change=3))
+    found = {s.text: s.edit for s in (of_no_person(asked, rng) for _ in range(300))}
+    assert set(found.values()) == {None}
+    assert "put glasses on the snowman." in found
+    named = labelled("Put glasses on my father.", Edit(Attribute.EYEGLASSES, change=3))
+    assert of_no_person(named, rng) == named

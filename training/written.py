@@ -21,6 +21,7 @@ from zlib import crc32
 from shared.attributes import ATTRIBUTES, Attribute, Edit
 from shared.errors import InvalidRequest
 from training.misspelling import misspell
+from training.patterns import split
 from training.sentences import Sentence, labelled, punctuate, wrap
 from transmitter.text import SCOPES, tokenise
 
@@ -109,8 +110,12 @@ def draw_written(rng: Random, path: Path = WRITTEN) -> Sentence:
         if joined is not None:
             return joined
     sentence = rng.choices(kept, cum_weights=_summed(path))[0]
-    if sentence.edit is not None and rng.random() < 0.15:
-        sentence = of_another(sentence, rng)
+    if sentence.edit is not None:
+        draw = rng.random()
+        if draw < 0.15:
+            sentence = of_another(sentence, rng)
+        elif draw < 0.22:
+            sentence = of_no_person(sentence, rng)
     return vary(sentence, rng)
 
 
@@ -151,8 +156,8 @@ _NOUNS: Mapping[Attribute, tuple[re.Pattern[str], str]] = {
 _TWINS = {Attribute.BANGS: Attribute.BEARD, Attribute.BEARD: Attribute.BANGS}
 _TWIN_NOUNS = {Attribute.BANGS: "bangs;fringe", Attribute.BEARD: "beard;moustache;beard"}
 _OURS = re.compile(
-    "bang|fring|glass|spec|frame|rim|lens|shade|beard|m[uo]+sta|stubbl|whisker|shav|goatee|razor|"
-    "smil|grin|laugh|happ|cheer|serious|beam|teeth|old|young|age|year|wrinkl|teen|child|kid|bab"
+    r"\b(?:bang|fring|glass|spec|frame|rim|lens|shade|beard|m[uo]+sta|stubbl|whisker|shav|goatee|razor|"
+    "smil|grin|laugh|happ|cheer|serious|beam|teeth|old|young|age|year|wrinkl|teen|child|kid|bab)"
 )
 _PLACES = re.compile("forehead|brow|hair|eyes|face|chin|lip|cheek|shave|barber")
 
@@ -177,6 +182,32 @@ def of_another(sentence: Sentence, rng: Random) -> Sentence:
         other = rng.choice(_TWIN_NOUNS[twin].split(";"))
         return labelled(pattern.sub(other, text), replace(edit, attribute=twin))
     return labelled(pattern.sub(rng.choice(others.split(";")), text), None)
+
+
+# Not the person whose face is edited.
+_OTHERS = split(
+    "the cat;the dog;my dog;the horse;the teddy bear;the snowman;the statue;the doll;the garden;"
+    "the house;the car;the tree;the sun;the moon;the robot;the monkey;the parrot;the wall;the room;"
+    "the man in the background;the woman behind him;the person next to her;the other person;"
+    "the baby in the pram;the guy on the left;everyone in the background;my plants;the painting"
+)
+_PERSON = re.compile(r"\b(he|him|his)\b(?!')")
+
+
+def of_no_person(sentence: Sentence, rng: Random) -> Sentence:
+    """The same request about an animal or a thing, to be refused: "give the cat a beard".
+
+    As it was, where it names nobody by "he" or "she".
+    """
+    text = sentence.text.lower()
+    if re.search(r"\b(she|her)\b", text):
+        text = _her_to_him(text)
+    found = _PERSON.findall(text)
+    if len(found) != 1 or _RELATIVE.search(text):  # the person after all
+        return sentence
+    other = rng.choice(_OTHERS)
+    own = other + ("'" if other.endswith("s") else "'s")
+    return labelled(_PERSON.sub(own if found[0] == "his" else other, text), None)
 
 
 def vary(sentence: Sentence, rng: Random) -> Sentence:
