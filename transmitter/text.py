@@ -133,7 +133,7 @@ class TextConfig:
     vocabulary: tuple[str, ...] = ()
     pieces: int = 4096
     width: int = 96
-    hidden: int = 192
+    hidden: int = 160
     layers: int = 1
     dropout: float = 0.3
     threshold: float = 0.5  # set by the recipe on sentences that it does not train on
