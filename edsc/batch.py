@@ -28,9 +28,9 @@ from gateway.answer import (
     Images,
     Order,
     Quality,
-    Scheme,
 )
 from shared.errors import EdscError, InvalidRequest
+from shared.schemes import Scheme
 
 REQUIRED: Final = ("image", "instruction")
 

@@ -30,6 +30,7 @@ from gateway.answer import (
     Quality,
 )
 from shared.errors import EdscError, InvalidRequest
+from shared.schemes import Scheme
 from shared.settings import Settings
 
 app = typer.Typer(
@@ -56,7 +57,7 @@ class Suite(StrEnum):
 
 
 class RecipeName(StrEnum):
-    """What `edsc train` can train, in the order in which `all` does it."""
+    """What `edsc train` can train, in the order in which `all` does it (without `deepsc`)."""
 
     PREDICTOR = "predictor"
     FACES = "faces"
@@ -66,6 +67,7 @@ class RecipeName(StrEnum):
     FIELDS = "fields"
     ADAPTERS = "adapters"
     JUDGE = "judge"
+    DEEPSC = "deepsc"
     ALL = "all"
 
 
@@ -123,6 +125,9 @@ def edit(
     quality: Annotated[Quality, typer.Option(help="refinement: 0, 10 or 110 steps")] = (
         Quality.BALANCED
     ),
+    scheme: Annotated[Scheme, typer.Option(help="how the picture travels")] = (
+        Scheme.EDITABLE_DEEPSC
+    ),
     align: Annotated[bool, typer.Option(help="find and align the face")] = True,
     url: Url = None,
     weights: Weights = None,
@@ -141,6 +146,7 @@ def edit(
         k_factor_db=k_factor_db,
         csi=csi,
         quality=quality,
+        scheme=scheme,
         align=align,
     )
     if seed is not None:
@@ -215,6 +221,9 @@ def up(
     replicas: Annotated[
         str, typer.Option(help="how many of which, e.g. transmitter=2,receiver=2; otherwise one")
     ] = "",
+    baselines: Annotated[
+        bool, typer.Option("--baselines", help="a fifth one, for the schemes compared with")
+    ] = False,
     weights: Weights = None,
 ) -> None:
     """Start the four services on this machine and serve until Ctrl-C; what dies starts again."""
@@ -225,7 +234,11 @@ def up(
         with (
             interruptible(),
             Stack(
-                _settings(weights), free_ports=free_ports, log=print_log, replicas=counts
+                _settings(weights),
+                free_ports=free_ports,
+                baselines=baselines,
+                log=print_log,
+                replicas=counts,
             ) as stack,
         ):
             typer.echo(f"the page is at {stack.url}  (Ctrl-C ends)")

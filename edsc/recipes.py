@@ -10,7 +10,8 @@ from shared.errors import InvalidRequest
 from training.run import RunOptions
 
 # What `all` trains, in order: the mapping network, the fields and the adapters want the generator
-# and its inversion encoder, the fields also the predictor. The judge only evaluates.
+# and its inversion encoder, the fields also the predictor. The judge only evaluates. The
+# baselines' codec, `deepsc`, is no part of the link.
 ORDER: Final = (
     "predictor",
     "faces",
@@ -58,8 +59,14 @@ def recipe(name: str) -> Callable[[RunOptions], None]:
             from training import predictor
 
             return predictor.train_judge
+
+        case "deepsc":
+            from training import deepsc
+
+            return deepsc.train
         case _:
-            raise InvalidRequest(f"recipe is {name!r}; expected one of {', '.join(ORDER)}, all")
+            expected = ", ".join((*ORDER, "deepsc"))
+            raise InvalidRequest(f"recipe is {name!r}; expected one of {expected}, all")
 
 
 def train_one(name: str, **options: Any) -> None:

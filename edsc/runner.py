@@ -18,6 +18,7 @@ import httpx
 from gateway.answer import (
     PICTURES,
     Bandwidth,
+    ChannelCode,
     ChannelName,
     Degrees,
     EditAnswer,
@@ -29,8 +30,11 @@ from gateway.answer import (
 from gateway.store import StoredEdit
 from shared.attributes import ATTRIBUTES
 from shared.errors import DeadlineExceeded, EdscError, Unavailable, by_kind
+from shared.schemes import PLANS, Scheme
 
 if TYPE_CHECKING:  # torch takes seconds to import: `edsc --help` and Remote do without
+    from baselines.editor import Degrees as SeenDegrees
+    from baselines.schemes import BaseScheme, Schemes
     from shared.attributes import Edit
     from transmitter.pipeline import Transmission
 
@@ -61,6 +65,8 @@ class InProcess:
         place = prepare(device, 0)
         self._transmitter = Transmitter.from_bundle(opened, place)
         self._receiver = Receiver.from_bundle(opened, place)
+        self._bundle = opened
+        self._schemes: Schemes | None = None  # made when a baseline is first asked for
 
     def edit(self, edit_id: str, photo: bytes, order: Order) -> StoredEdit:
         """One edit. Same order and seed: the samples and pictures of the four processes."""
@@ -71,13 +77,29 @@ class InProcess:
         from shared.symbols import average_power, cbr
 
         start = perf_counter()
-        sent = self._transmitter.transmit(
-            photo,
-            order.instruction,
-            snr_db=order.snr_db,
-            quality=order.quality.value,
-            align=order.align,
-        )
+        baseline, stream_bits, header_uses = self._baseline(order.scheme), 0, 0
+        if baseline is None:
+            sent = self._transmitter.transmit(
+                photo,
+                order.instruction,
+                snr_db=order.snr_db,
+                quality=order.quality.value,
+                align=order.align,
+            )
+        else:
+            from baselines.pipeline import transmit
+
+            sent, cargo = transmit(
+                baseline,
+                self._transmitter,
+                photo,
+                order.instruction,
+                snr_db=order.snr_db,
+                quality=order.quality.value,
+                align=order.align,
+            )
+            header_uses = baseline.header_uses
+            stream_bits = 0 if cargo.data is None else 8 * len(cargo.data)
         config = ChannelConfig(
             order.channel.value, order.fading.value, order.k_factor_db, order.csi.value
         )
@@ -85,7 +107,18 @@ class InProcess:
         with _timed() as propagating:
             reception = Channel(config)(sent.symbols.cpu(), order.snr_db, generator)
         with _timed() as receiving:
-            image = self._receiver(reception)
+            got = None if baseline is None else baseline.receive(reception)
+            image = self._receiver(reception) if got is None else got.image
+        code = None
+        if got is not None and got.blocks:
+            code = ChannelCode(
+                stream_bits=stream_bits, blocks=got.blocks, block_errors=got.block_errors
+            )
+        # Whoever edited knows the degrees: the sender, or with M1 the receiver.
+        seen: Transmission | SeenDegrees = sent
+        edit = sent.edit
+        if got is not None and got.degrees is not None:
+            seen, edit = got.degrees, got.edit
         height, width = image.shape[-2:]
         spent = cbr(sent.symbols.shape[1], height, width, pilots=config.pilot_uses)
         with _timed() as drawing:
@@ -95,23 +128,32 @@ class InProcess:
             id=edit_id,
             instruction=order.instruction,
             edit=None if sent.edit is None else edit_read(sent.edit, sent.confidence or 0.0),
-            degrees=_degrees(sent),
-            reached=sent.reached,
-            match_steps=sent.match_steps,
+            degrees=_degrees(edit, seen),
+            reached=seen.reached,
+            match_steps=seen.match_steps,
             faces_found=sent.faces_found,
             notes=notes_on(
-                edited=sent.edit.attribute.value if sent.edit else None,
-                expected=sent.expected,
-                after=sent.after[sent.edit.attribute.index] if sent.edit else None,
-                reached=sent.reached,
+                edited=edit.attribute.value if edit else None,
+                expected=seen.expected,
+                after=seen.after[edit.attribute.index] if edit else None,
+                reached=seen.reached,
                 faces_found=sent.faces_found,
+                code=code,
+                edit_lost=(
+                    sent.edit is not None
+                    and got is not None
+                    and PLANS[order.scheme].edit == "after"
+                    and got.edit is None
+                ),
             ),
             cbr=Bandwidth(
                 paper=spent.paper,
                 complex_uses=spent.complex_uses,
                 uses=spent.uses,
                 pilot_uses=config.pilot_uses,
+                header_uses=header_uses,
             ),
+            code=code,
             snr_db=order.snr_db,
             channel=order.channel,
             fading=order.fading,
@@ -132,6 +174,17 @@ class InProcess:
             images=images_at(edit_id),
         )
         return StoredEdit(answer, dict(zip(PICTURES, pngs, strict=True)))
+
+    def _baseline(self, scheme: Scheme) -> "BaseScheme | None":
+        """The scheme of a baseline, around the nets that are loaded; None for Editable-DeepSC."""
+        if not PLANS[scheme].is_baseline:
+            return None
+        if self._schemes is None:
+            from baselines.editor import Editor
+            from baselines.schemes import Schemes
+
+            self._schemes = Schemes(Editor(self._transmitter), self._bundle)
+        return self._schemes[scheme]
 
 
 class Remote:
@@ -221,16 +274,16 @@ def _timings(transmit: Mapping[str, float], **others: float) -> dict[str, float]
     return {name: round(ms, 3) for name, ms in {**stages, **others}.items()}
 
 
-def _degrees(sent: "Transmission") -> Degrees:
+def _degrees(edit: "Edit | None", seen: "Transmission | SeenDegrees") -> Degrees:
     names = [attribute.value for attribute in ATTRIBUTES]
     return Degrees(
-        before=None if sent.before is None else dict(zip(names, sent.before, strict=True)),
+        before=None if seen.before is None else dict(zip(names, seen.before, strict=True)),
         expected=(
-            {sent.edit.attribute.value: sent.expected}
-            if sent.edit is not None and sent.expected is not None
+            {edit.attribute.value: seen.expected}
+            if edit is not None and seen.expected is not None
             else {}
         ),
-        after=dict(zip(names, sent.after, strict=True)),
+        after=dict(zip(names, seen.after, strict=True)),
     )
 
 

@@ -5,6 +5,7 @@
     Stack --> python -m transmitter  x N  |
           --> python -m channel_sim  x N  |  each with its port; logs come back as `name | line`
           --> python -m receiver     x N  |
+          --> python -m baselines    x N  |  if wanted: the schemes compared with
           --> python -m gateway      x N  |  told where all of them are; they share one listener
 
 If one dies while starting, whoever waits is told which and with what last words. Once all serve,
@@ -28,21 +29,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Final, Self
+from typing import Final, Literal, Self
 
 import httpx
 
 from gateway.__main__ import open_listener
 from shared.errors import EdscError, InvalidRequest, Unavailable
-from shared.settings import SERVICE_NAMES, ServiceName, Settings
+from shared.rpc import GrpcService
+from shared.settings import ServiceName, Settings
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 MODULES: Final[Mapping[ServiceName, str]] = {
     "transmitter": "transmitter",
     "channel": "channel_sim",
     "receiver": "receiver",
+    "baselines": "baselines",
     "gateway": "gateway",
 }
+SERVICES: Final[tuple[ServiceName, ...]] = ("transmitter", "channel", "receiver", "gateway")
 START_S: Final = 120.0  # weights from a cold disk, four imports of torch on two cores
 MOST_REPLICAS: Final = 64
 LAST_WORDS: Final = 30  # lines kept of each process
@@ -79,8 +83,10 @@ class Stack:
 
     settings: ports, weights, limits; handed to the processes as EDSC_* variables.
     free_ports: let the system choose every port (tests, a second stack on one machine).
+    baselines: start the fifth service too, which carries the schemes compared with.
     log: called with (name, line) for every line that a process prints; any thread.
-    replicas: how many of each service; 1 where not said. Further ones take free ports.
+    replicas: how many of each service; 1 where not said. Further ones take free ports. Naming
+    `baselines` starts it.
     """
 
     def __init__(
@@ -88,15 +94,22 @@ class Stack:
         settings: Settings,
         *,
         free_ports: bool = False,
+        baselines: bool = False,
         log: Callable[[str, str], None] | None = None,
         replicas: Mapping[ServiceName, int] | None = None,
     ) -> None:
         self.settings = settings
+        counts = dict(replicas or {})
+        fifth = baselines or "baselines" in counts
+        extra: tuple[Literal["baselines"], ...] = ("baselines",) if fifth else ()
+        self._behind: tuple[GrpcService, ...] = ("transmitter", "channel", "receiver", *extra)
+        # The gateway last: it is told where the others are.
+        self.services: tuple[ServiceName, ...] = (*self._behind, "gateway")
         self._log = log
         self._changed = threading.Condition()
         self._listener: socket.socket | None = None
         self.replicas: dict[ServiceName, int] = {
-            service: (replicas or {}).get(service, 1) for service in SERVICE_NAMES
+            service: counts.get(service, 1) for service in self.services
         }
         if min(self.replicas.values()) < 1:
             raise InvalidRequest(f"replicas are {self.replicas}; expected at least 1 of each")
@@ -194,20 +207,23 @@ class Stack:
         one.reader.start()
 
     def wait_ready(self, timeout_s: float = START_S) -> None:
-        """Block until all three services are SERVING, as the gateway sees them.
+        """Block until all services are SERVING, as the gateway sees them, and the baselines are.
 
         Raises Unavailable when one dies or when `timeout_s` seconds are over.
         """
         deadline = time.monotonic() + timeout_s
         states: object = "no answer"
+        unseen = [one.name for one in self._all.values() if one.service == "baselines"]
         with httpx.Client(base_url=self.url, timeout=5.0, verify=False) as client:
             while time.monotonic() < deadline:
                 self.check()
                 try:
                     answer = client.get("/readyz")
-                    if answer.status_code == 200:
+                    # The gateway is ready without the baselines: they say it themselves.
+                    late = [name for name in unseen if not self.is_ready(name)]
+                    if answer.status_code == 200 and not late:
                         return
-                    states = answer.json().get("services")
+                    states = late or answer.json().get("services")
                 except httpx.HTTPError as error:
                     states = error
                 time.sleep(0.1)
@@ -231,7 +247,7 @@ class Stack:
 
     def stop(self) -> None:
         """Drain the gateway first, so that edits under way still find the services; then those."""
-        for services in (("gateway",), SERVICE_NAMES[:3]):
+        for services in (("gateway",), self._behind):
             self._stop([one for one in self._all.values() if one.service in services])
         if self._listener is not None:
             self._listener.close()
@@ -279,14 +295,15 @@ class Stack:
                 self._end(one, timeout_s=None)
                 self.start(one.name)
 
-    def roll(self, services: Sequence[ServiceName] = SERVICE_NAMES) -> None:
-        """Restart every replica of `services`, one after another, each when the last one serves.
+    def roll(self, services: Sequence[ServiceName] | None = None) -> None:
+        """Restart every replica, one after another, each when the last one serves.
 
+        services: of these only; None: of all.
         With two replicas or more of a service (and of gateways any number: they share a listener)
         no request fails. Raises Unavailable when one does not come back.
         """
         for one in self._all.values():
-            if one.service not in services:
+            if services is not None and one.service not in services:
                 continue
             if one.service == "gateway":
                 self._replace(one)
@@ -331,7 +348,7 @@ class Stack:
             threads = str(max(1, (os.cpu_count() or 1) // self.replicas[service]))
             environment["EDSC_THREADS"] = environment["OMP_NUM_THREADS"] = threads
         if service == "gateway":
-            for each in SERVICE_NAMES[:3]:
+            for each in self._behind:
                 environment[f"EDSC_{each.upper()}_TARGET"] = self.target(each)
         return environment
 
@@ -410,11 +427,11 @@ def parse_replicas(text: str) -> dict[ServiceName, int]:
     counts: dict[ServiceName, int] = {}
     for part in filter(None, text.split(",")):
         name, _, count = part.strip().partition("=")
-        service = next((one for one in SERVICE_NAMES if one == name), None)
+        service = next((one for one in MODULES if one == name), None)
         if service is None or not count.isdecimal() or not 1 <= int(count) <= MOST_REPLICAS:
             raise InvalidRequest(
                 f"replicas has {part!r}; expected SERVICE=1..{MOST_REPLICAS} with one of "
-                f"{', '.join(SERVICE_NAMES)}"
+                f"{', '.join(MODULES)}"
             )
         counts[service] = int(count)
     return counts

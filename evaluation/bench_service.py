@@ -34,7 +34,7 @@ from typing import Any, Final
 from rich.console import Console
 from rich.table import Table
 
-from edsc.up import ROOT, Stack, interruptible
+from edsc.up import ROOT, SERVICES, Stack, interruptible
 from evaluation.bench import percentile
 from evaluation.traffic import (
     Outcome,
@@ -49,7 +49,7 @@ from evaluation.traffic import (
     statuses,
 )
 from shared.errors import Unavailable
-from shared.settings import SERVICE_NAMES, ServiceName, Settings
+from shared.settings import ServiceName, Settings
 
 BATCHING_BAR: Final = 1.8
 REPLICAS_BAR: Final = 1.7
@@ -260,13 +260,13 @@ def kill(options: Options, report: Report) -> None:
     """Every service: one replica of two, then the only one."""
     figures: dict[str, Any] = {}
     for count in (2, 1):
-        counts: dict[ServiceName, int] = {name: count for name in SERVICE_NAMES}
+        counts: dict[ServiceName, int] = {name: count for name in SERVICES}
         with Stack(options.settings(), free_ports=True, replicas=counts) as stack:
             rate_hz = options.load * saturate(stack, options)["goodput_hz"]
             traffic = traffic_to(stack, options)
             with supervised(stack), in_background(traffic, rate_hz):
                 time.sleep(3.0)
-                for name in SERVICE_NAMES:
+                for name in SERVICES:
                     figures[f"{name}, 1 of {count}"] = _kill_one(stack, name, traffic)
     report.figures["kill"] = figures
     odd = sum(len(one["odd"]) for one in figures.values())
@@ -277,7 +277,7 @@ def kill(options: Options, report: Report) -> None:
 
 def roll(options: Options, report: Report) -> None:
     """Two of each; all of them restarted in turn."""
-    counts: dict[ServiceName, int] = {name: 2 for name in SERVICE_NAMES}
+    counts: dict[ServiceName, int] = {name: 2 for name in SERVICES}
     with Stack(options.settings(), free_ports=True, replicas=counts) as stack:
         rate_hz = options.load * saturate(stack, options)["goodput_hz"]
         traffic = traffic_to(stack, options)

@@ -12,6 +12,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from shared.schemes import Scheme
+
 UNEDITED = "-"  # the sentence that sends the photo as it is
 MAX_SEED = 2**53 - 1  # survives JSON, whose numbers are doubles
 MAX_SENTENCE = 2000  # characters, as the transmitter's
@@ -19,7 +21,7 @@ SNR_MIN_DB, SNR_MAX_DB = -20.0, 40.0
 K_MIN_DB, K_MAX_DB = 0.0, 40.0
 DEFAULT_SNR_DB = 12.0
 DEFAULT_K_DB = 9.0  # as the channel's own
-STAGES = ("read", "decode", "align", "invert", "edit", "encode", "draw", "pictures")
+STAGES = ("read", "decode", "align", "invert", "edit", "compress", "encode", "draw", "pictures")
 PICTURES = ("aligned", "sent", "received")
 
 
@@ -51,12 +53,6 @@ class Quality(StrEnum):
     FAST = "fast"
     BALANCED = "balanced"
     PAPER = "paper"
-
-
-class Scheme(StrEnum):
-    """How the picture travels."""
-
-    EDITABLE_DEEPSC = "editable-deepsc"
 
 
 @dataclass(frozen=True)
@@ -116,6 +112,17 @@ class Bandwidth(_Frozen):
     ]
     uses: Annotated[int, Field(description="complex channel uses of the message, pilots included")]
     pilot_uses: Annotated[int, Field(description="pilots among them")]
+    header_uses: Annotated[
+        int, Field(description="uses among them that tell the receiver the edit and nothing else")
+    ] = 0
+
+
+class ChannelCode(_Frozen):
+    """What became of a digital message."""
+
+    stream_bits: Annotated[int, Field(description="length of the compressed picture, in bits")]
+    blocks: Annotated[int, Field(description="code blocks of the message")]
+    block_errors: Annotated[int, Field(description="blocks that could not be decoded")]
 
 
 class Images(_Frozen):
@@ -138,6 +145,7 @@ class EditAnswer(_Frozen):
     faces_found: Annotated[int, Field(description="faces in the photo; 0 with align=false")]
     notes: Annotated[list[str], Field(description="what a person should know about this edit")]
     cbr: Bandwidth
+    code: Annotated[ChannelCode | None, Field(description="digital schemes only")] = None
     snr_db: float
     channel: ChannelName
     fading: Fading
@@ -153,9 +161,10 @@ class EditAnswer(_Frozen):
     timings_ms: Annotated[
         dict[str, float],
         Field(
-            description="stages of the transmitter (read, decode, align, invert, edit, encode, "
-            "draw, pictures), then propagate and receive; queue is time waiting for a worker, "
-            "overhead what the gateway and the three hops add, total the sum as the gateway saw it"
+            description="stages of the transmitter (read, decode, align, invert, edit, compress, "
+            "encode, draw, pictures), then propagate and receive; queue is time waiting for a "
+            "worker, overhead what the gateway and the three hops add, total the sum as the "
+            "gateway saw it"
         ),
     ]
     hops_ms: Annotated[
@@ -172,10 +181,13 @@ def notes_on(
     after: int | None,
     reached: bool | None,
     faces_found: int,
+    code: ChannelCode | None = None,
+    edit_lost: bool = False,
 ) -> list[str]:
-    """What a person should be told: several faces in the photo, a degree that was not reached.
+    """What a person should be told: several faces, a degree not reached, what the channel took.
 
     edited: the attribute edited, None where there was no edit. expected, after: its degrees, 0..5.
+    code: of a digital scheme. edit_lost: the receiver was to edit, and did not learn what.
     """
     notes = []
     if faces_found > 1:
@@ -184,6 +196,13 @@ def notes_on(
         notes.append(
             f"{edited}: degree {expected} was asked for, {after} is as far as this face went"
         )
+    if code is not None and code.block_errors:
+        notes.append(
+            f"{code.block_errors} of {code.blocks} code blocks could not be decoded: what comes"
+            " after the first of them is grey"
+        )
+    if edit_lost:
+        notes.append("the edit itself was lost on the way, so the receiver changed nothing")
     return notes
 
 

@@ -36,7 +36,6 @@ from gateway.answer import (
     EditAnswer,
     EditRead,
     Order,
-    Scheme,
 )
 from gateway.edge import (
     PROBLEM_TYPE,
@@ -199,7 +198,7 @@ def _add_edits(app: FastAPI, desk: _Desk, max_photo_bytes: int) -> None:
         image: Annotated[UploadFile, File(description="the photo: JPEG, PNG, WebP, ...")],
         order: Annotated[Order, Depends(read_order)],
     ) -> Response:
-        """Inverts the photo, edits it, sends 256 symbols, draws what was received."""
+        """Inverts the photo, edits it, sends symbols, draws what was received."""
         wanted = preferred(request.headers.get("accept", "*/*"))
         # `size` is what was received, so a part that is too large is never read back.
         if (image.size or 0) > max_photo_bytes:
@@ -281,16 +280,11 @@ def _add_facts(app: FastAPI, link: Link) -> None:
         return await link.channels(caller=_caller(request))
 
     @app.get("/v1/schemes", tags=["facts"], summary="How a picture can travel")
-    async def schemes() -> dict[str, Any]:
-        return {
-            "schemes": [
-                {
-                    "name": Scheme.EDITABLE_DEEPSC.value,
-                    "description": "The edited StyleGAN2 latent as 256 symbols of a learned joint "
-                    "source-channel code, redrawn at the receiver",
-                }
-            ]
-        }
+    async def schemes(request: Request) -> dict[str, Any]:
+        """Every scheme with its CBR: the paper's way of counting, complex uses (CRC, header and
+        padding included), and the figure that the paper prints. `missing` where it cannot be had.
+        """
+        return {"schemes": await link.schemes(caller=_caller(request))}
 
     @app.get("/v1/model", tags=["facts"], summary="The weights that are loaded at both ends")
     async def model(request: Request) -> dict[str, Any]:

@@ -34,6 +34,7 @@ _TITLES: Final[Mapping[str, str]] = {
     "InvalidRequest": "The request is not valid",
     "InstructionRefused": "The sentence asks for nothing that can be edited",
     "NoFaceFound": "No face found in the photo",
+    "RateUnreachable": "The picture does not fit into the scheme's channel uses",
     "UnsupportedImage": "Not a picture of a supported format",
     "PayloadTooLarge": "The upload is too large",
     "NotFound": "Not found",

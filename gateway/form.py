@@ -19,9 +19,9 @@ from gateway.answer import (
     Fading,
     Order,
     Quality,
-    Scheme,
 )
 from shared.errors import InvalidRequest
+from shared.schemes import Scheme
 
 EVENT_STREAM: Final = "text/event-stream"
 

@@ -4,13 +4,15 @@
 
     photo, sentence --> Transmitter --SymbolFrame--> Channel --ReceivedFrame--> Receiver --> PNG
 
+A request with another scheme goes to the Transmitter and the Receiver of the process `baselines`.
+
 Frames pass through here as they came: not decoded, not checked, not touched. One deadline covers
 the whole edit; every hop gets what the ones before it left over, and an edit that is cancelled
 cancels the call under way.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
@@ -21,6 +23,7 @@ import grpc.aio
 from gateway.answer import (
     PICTURES,
     Bandwidth,
+    ChannelCode,
     ChannelName,
     Degrees,
     EditAnswer,
@@ -41,6 +44,7 @@ from shared.rpc import (
     outgoing_metadata,
     translated,
 )
+from shared.schemes import PLANS, Plan, Scheme
 from shared.settings import Settings
 
 T = TypeVar("T")
@@ -50,6 +54,10 @@ ATTEMPTS: Final = 3  # at a hop that a service dropped, on top of what gRPC itse
 PAUSE_S: Final = 0.1  # between them
 FACTS_DEADLINE_S: Final = 5.0  # for a call that computes next to nothing
 HEALTH_DEADLINE_S: Final = 2.0
+START: Final = (
+    "Schemes other than editable-deepsc are carried by a process of their own: start it with"
+    " `edsc up --baselines`, or `python -m baselines`"
+)
 
 
 @dataclass(frozen=True)
@@ -93,11 +101,20 @@ class _Budget:
 
 
 @contextmanager
-def _calling(service: GrpcService) -> Iterator[None]:
-    """Errors of a call in our own words; a service that drops us is not a caller that left."""
+def _calling(service: GrpcService, scheme: Scheme | None = None) -> Iterator[None]:
+    """Errors of a call in our own words; a service that drops us is not a caller that left.
+
+    scheme: what is being carried, for a service that need not be running.
+    """
     try:
         with translated(service):
             yield
+    except Unavailable as error:
+        if service == "baselines" and scheme is not None:
+            raise Unavailable(
+                f"scheme {scheme.value!r} is not on offer: {error}. {START}"
+            ) from error
+        raise
     except Cancelled as error:
         raise Unavailable(f"the {service} dropped the call: it is shutting down") from error
 
@@ -120,7 +137,7 @@ async def _insist(budget: _Budget, hop: Callable[[], Awaitable[T]]) -> T:
 
 
 class Link:
-    """The three services as one: opened inside a running event loop, closed by whoever made it.
+    """The services as one: opened inside a running event loop, closed by whoever made it.
 
     settings: targets, limits and TLS. deadline_s: for one edit, all hops together; None: the
     settings' default deadline.
@@ -170,20 +187,25 @@ class Link:
             crossed = await _insist(budget, lambda: self._propagate(sent, order, budget, caller))
         tell("receive", 0.0, budget.spent_ms())
         with budget.hop("receive"):
-            drawn = await _insist(budget, lambda: self._receive(crossed.frame, budget, caller))
+            drawn = await _insist(
+                budget, lambda: self._receive(crossed.frame, order, budget, caller)
+            )
         if len(drawn.png) != 1:
             raise EdscError(f"the receiver drew {len(drawn.png)} pictures; expected 1")
 
-        edited = next((d for d in sent.degrees if d.HasField("expected")), None)
-        reached = sent.reached if sent.HasField("reached") else None
+        # Whoever edited knows the degrees: the sender, or with M1 the receiver.
+        by = drawn if drawn.degrees else sent
+        edited = next((d for d in by.degrees if d.HasField("expected")), None)
+        reached = by.reached if by.HasField("reached") else None
+        code = _channel_code(sent, drawn)
         rician = order.channel is ChannelName.RICIAN
         answer = EditAnswer(
             id=edit_id,
             instruction=order.instruction,
             edit=_edit_read(sent.edit) if sent.HasField("edit") else None,
-            degrees=_degrees(sent.degrees),
+            degrees=_degrees(by.degrees),
             reached=reached,
-            match_steps=sent.match_steps,
+            match_steps=by.match_steps,
             faces_found=sent.faces_found,
             notes=notes_on(
                 edited=edited.attribute if edited else None,
@@ -191,13 +213,21 @@ class Link:
                 after=edited.after if edited else None,
                 reached=reached,
                 faces_found=sent.faces_found,
+                code=code,
+                edit_lost=(
+                    sent.HasField("edit")
+                    and PLANS[order.scheme].edit == "after"
+                    and not drawn.HasField("edit")
+                ),
             ),
             cbr=Bandwidth(
                 paper=crossed.cbr.paper,
                 complex_uses=crossed.cbr.complex_uses,
                 uses=crossed.cbr.uses,
                 pilot_uses=crossed.cbr.pilot_uses,
+                header_uses=sent.header_uses,
             ),
+            code=code,
             snr_db=order.snr_db,
             channel=order.channel,
             fading=order.fading,
@@ -230,10 +260,12 @@ class Link:
             snr_db=order.snr_db,
             quality=order.quality.value,
             align=order.align,
+            scheme=order.scheme.value,
         )
-        stub = edsc_pb2_grpc.TransmitterStub(self._to("transmitter"))
-        timeout, begun_ms = budget.left("transmitter"), budget.spent_ms()
-        with _calling("transmitter"):
+        service = _carrier(order.scheme, "transmitter")
+        stub = edsc_pb2_grpc.TransmitterStub(self._to(service))
+        timeout, begun_ms = budget.left(service), budget.spent_ms()
+        with _calling(service, order.scheme):
             if progress is None:
                 reply: edsc_pb2.TransmitReply = await stub.Transmit(
                     request, timeout=timeout, metadata=caller.metadata
@@ -247,7 +279,7 @@ class Link:
                     return reply
                 news = event.progress
                 progress(news.stage, news.fraction, begun_ms + news.elapsed_ms)
-        raise Unavailable("the transmitter ended its stream without a reply")
+        raise Unavailable(f"the {service} ended its stream without a reply")
 
     async def _propagate(
         self, sent: edsc_pb2.TransmitReply, order: Order, budget: _Budget, caller: Caller
@@ -270,13 +302,14 @@ class Link:
         return reply
 
     async def _receive(
-        self, frame: edsc_pb2.ReceivedFrame, budget: _Budget, caller: Caller
+        self, frame: edsc_pb2.ReceivedFrame, order: Order, budget: _Budget, caller: Caller
     ) -> edsc_pb2.ReceiveReply:
-        stub = edsc_pb2_grpc.ReceiverStub(self._to("receiver"))
-        with _calling("receiver"):
+        service = _carrier(order.scheme, "receiver")
+        stub = edsc_pb2_grpc.ReceiverStub(self._to(service))
+        with _calling(service, order.scheme):
             reply: edsc_pb2.ReceiveReply = await stub.Receive(
-                edsc_pb2.ReceiveRequest(frame=frame),
-                timeout=budget.left("receiver"),
+                edsc_pb2.ReceiveRequest(frame=frame, scheme=order.scheme.value),
+                timeout=budget.left(service),
                 metadata=caller.metadata,
             )
         return reply
@@ -318,6 +351,34 @@ class Link:
             "pilots": {"default": about.default_pilots},
         }
 
+    async def schemes(self, *, caller: Caller) -> list[dict[str, Any]]:
+        """How a picture can travel, with the bandwidth of each scheme where its process runs.
+
+        `missing` says what a scheme lacks; no service has to be up for the list itself.
+        """
+        near, far = await asyncio.gather(
+            self._carried("transmitter", caller), self._carried("baselines", caller)
+        )
+        return [
+            _scheme_entry(plan, *(far if plan.is_baseline else near)) for plan in PLANS.values()
+        ]
+
+    async def _carried(
+        self, service: GrpcService, caller: Caller
+    ) -> tuple[dict[str, edsc_pb2.SchemeDescription], str]:
+        """What a process carries by name, and why it says nothing (empty where it does)."""
+        stub = edsc_pb2_grpc.TransmitterStub(self._to(service))
+        try:
+            with _calling(service):
+                about = await stub.DescribeModel(
+                    edsc_pb2.DescribeModelRequest(),
+                    timeout=HEALTH_DEADLINE_S,
+                    metadata=caller.metadata,
+                )
+        except EdscError as error:
+            return {}, f"{error}. {START}" if service == "baselines" else str(error)
+        return {entry.name: entry for entry in about.schemes}, ""
+
     async def model(self, *, caller: Caller) -> dict[str, Any]:
         """The weights at both ends. Raises BundleError when they are not the same."""
         request = edsc_pb2.DescribeModelRequest()
@@ -346,7 +407,10 @@ class Link:
         }
 
     async def health(self) -> dict[str, str]:
-        """Health of the three by grpc.health.v1: SERVING or NOT_SERVING (also when not reached)."""
+        """Health of the three that a link needs, by grpc.health.v1.
+
+        SERVING or NOT_SERVING (also when not reached).
+        """
         serving = await asyncio.gather(
             *(is_serving(self._to(name), name, HEALTH_DEADLINE_S) for name in FULL_NAMES)
         )
@@ -370,6 +434,45 @@ def _edit_read(edit: edsc_pb2.Edit) -> EditRead:
         confidence=round(edit.confidence, 4),
         description=edit.description,
     )
+
+
+def _carrier(scheme: Scheme, usual: GrpcService) -> GrpcService:
+    """The process that carries a scheme; `usual`: the one that does for Editable-DeepSC."""
+    return "baselines" if PLANS[scheme].is_baseline else usual
+
+
+def _channel_code(sent: edsc_pb2.TransmitReply, drawn: edsc_pb2.ReceiveReply) -> ChannelCode | None:
+    """Bits and blocks of a digital scheme; None for an analogue one."""
+    if not drawn.blocks:
+        return None
+    return ChannelCode(
+        stream_bits=sent.stream_bits, blocks=drawn.blocks, block_errors=drawn.block_errors
+    )
+
+
+def _scheme_entry(
+    plan: Plan, carried: Mapping[str, edsc_pb2.SchemeDescription], silence: str
+) -> dict[str, Any]:
+    """One scheme of /v1/schemes; silence: why its process says nothing of it."""
+    entry = carried.get(plan.scheme.value)
+    bandwidth = None
+    if entry is not None and entry.HasField("cbr"):
+        bandwidth = {
+            "paper": entry.cbr.paper,
+            "complex_uses": entry.cbr.complex_uses,
+            "uses": entry.cbr.uses,
+            "header_uses": entry.header_uses,
+            "printed": entry.printed_cbr if entry.HasField("printed_cbr") else None,
+        }
+    missing = entry.missing if entry is not None else silence or "its process does not carry it"
+    return {
+        "name": plan.scheme.value,
+        "description": plan.description,
+        "baseline": plan.is_baseline,
+        "available": bandwidth is not None,
+        "missing": missing or None,
+        "cbr": bandwidth,
+    }
 
 
 def _png_width(png: bytes) -> int:

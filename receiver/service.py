@@ -15,6 +15,7 @@ from shared.errors import InvalidRequest, PayloadTooLarge
 from shared.images import encode_png
 from shared.pb import edsc_pb2, edsc_pb2_grpc
 from shared.rpc import Call, Server, Slot, unary
+from shared.schemes import Scheme
 from shared.symbols import Reception
 from shared.wire import model_to_wire, reception_from_wire
 
@@ -50,6 +51,12 @@ class ReceiverService(edsc_pb2_grpc.ReceiverServicer):
         self, model: Model, request: edsc_pb2.ReceiveRequest, call: Call
     ) -> Steps[edsc_pb2.ReceiveReply]:
         with call.watch.stage("decode"):
+            scheme = Scheme.parse(request.scheme)
+            if scheme is not Scheme.EDITABLE_DEEPSC:
+                raise InvalidRequest(
+                    f"scheme is {scheme.value!r}; expected {Scheme.EDITABLE_DEEPSC.value!r}: the"
+                    " others are carried by the process `baselines`"
+                )
             frame = request.frame
             if frame.messages > MAX_MESSAGES:
                 raise PayloadTooLarge(

@@ -6,6 +6,7 @@
     |-- InvalidRequest            422  INVALID_ARGUMENT
     |   |-- InstructionRefused    422    the sentence asks for nothing that can be done
     |   |-- NoFaceFound           422
+    |   |-- RateUnreachable       422    the picture has no form that fits into the channel uses
     |   |-- UnsupportedImage      415
     |   `-- PayloadTooLarge       413
     |-- NotFound                  404  NOT_FOUND
@@ -47,6 +48,10 @@ class InstructionRefused(InvalidRequest):
 
 class NoFaceFound(InvalidRequest):
     """The upload shows no face that the face finder believes in."""
+
+
+class RateUnreachable(InvalidRequest):
+    """A picture codec has no stream small enough for the channel uses that the scheme allows."""
 
 
 class UnsupportedImage(InvalidRequest):

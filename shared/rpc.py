@@ -1,4 +1,4 @@
-"""What the three gRPC servers and their clients have in common; the only translator of errors.
+"""What the gRPC servers and their clients have in common; the only translator of errors.
 
 ::
 
@@ -49,6 +49,7 @@ ERROR_KIND_KEY: Final = "edsc-error-kind"
 __all__ = [
     "ERROR_KIND_KEY",
     "FULL_NAMES",
+    "OFFERS",
     "REQUEST_ID_KEY",
     "Call",
     "GrpcService",
@@ -68,11 +69,16 @@ __all__ = [
     "wait_until_serving",
 ]
 
-GrpcService = Literal["transmitter", "channel", "receiver"]
+GrpcService = Literal["transmitter", "channel", "receiver", "baselines"]
 FULL_NAMES: Final[dict[GrpcService, str]] = {
     "transmitter": "edsc.v1.Transmitter",
     "channel": "edsc.v1.Channel",
     "receiver": "edsc.v1.Receiver",
+}
+# What each process offers; health of a process is reported under all of its names.
+OFFERS: Final[dict[GrpcService, tuple[str, ...]]] = {
+    **{service: (name,) for service, name in FULL_NAMES.items()},
+    "baselines": (FULL_NAMES["transmitter"], FULL_NAMES["receiver"]),
 }
 
 P = TypeVar("P")
@@ -90,7 +96,7 @@ _MOST_LANES: Final = 3
 class Server:
     """The gRPC server of one process: health, reflection, limits, one worker. Not yet serving.
 
-    settings: limits and addresses. service: which of the three it is.
+    settings: limits and addresses. service: which process it is.
     """
 
     def __init__(self, settings: Settings, service: GrpcService) -> None:
@@ -120,11 +126,10 @@ class Server:
             experimental_non_blocking=False,
             experimental_thread_pool=ThreadPoolExecutor(_WATCHERS, "health-watch"),
         )
-        self._health.set("", _NOT_SERVING)
-        self._health.set(FULL_NAMES[service], _NOT_SERVING)
+        self._set_health(_NOT_SERVING)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
         reflection.enable_server_reflection(
-            [FULL_NAMES[service], health.SERVICE_NAME, reflection.SERVICE_NAME], self.grpc
+            [*OFFERS[service], health.SERVICE_NAME, reflection.SERVICE_NAME], self.grpc
         )
 
     def batch(self, lanes: Sequence[str] = ("",)) -> None:
@@ -139,6 +144,10 @@ class Server:
             max_delay_s=self.settings.max_delay_ms / 1000.0,
             lanes=lanes,
         )
+
+    def _set_health(self, status: Any) -> None:
+        for name in ("", *OFFERS[self.service]):
+            self._health.set(name, status)
 
     def start(self) -> int:
         """Bind and answer, health NOT_SERVING; gives the port. Unavailable if it is taken."""
@@ -156,8 +165,7 @@ class Server:
 
     def ready(self) -> None:
         """Weights are loaded and warm: health SERVING."""
-        self._health.set("", _SERVING)
-        self._health.set(FULL_NAMES[self.service], _SERVING)
+        self._set_health(_SERVING)
         self.metrics.ready.set(1)
 
     def drain(self, grace_s: float) -> bool:
@@ -333,10 +341,10 @@ def channel_options(settings: Settings, service: GrpcService) -> list[tuple[str,
     """
     policy = {
         "loadBalancingConfig": [{"round_robin": {}}],
-        "healthCheckConfig": {"serviceName": FULL_NAMES[service]},
+        "healthCheckConfig": {"serviceName": OFFERS[service][0]},
         "methodConfig": [
             {
-                "name": [{"service": FULL_NAMES[service]}],
+                "name": [{"service": name} for name in OFFERS[service]],
                 "retryPolicy": {
                     "maxAttempts": 3,
                     "initialBackoff": "0.05s",
@@ -418,7 +426,7 @@ def translated(service: GrpcService) -> Iterator[None]:
 async def is_serving(channel: grpc.aio.Channel, service: GrpcService, timeout_s: float) -> bool:
     """Whether `service` says SERVING within `timeout_s` seconds."""
     stub: Any = health_pb2_grpc.HealthStub(channel)  # its methods exist at run time only
-    request = health_pb2.HealthCheckRequest(service=FULL_NAMES[service])
+    request = health_pb2.HealthCheckRequest(service=OFFERS[service][0])
     try:
         reply = await stub.Check(request, timeout=timeout_s)
     except grpc.RpcError:
@@ -428,7 +436,7 @@ async def is_serving(channel: grpc.aio.Channel, service: GrpcService, timeout_s:
 
 def wait_until_serving(settings: Settings, service: GrpcService, timeout_s: float) -> None:
     """Block until `service` says SERVING; Unavailable after `timeout_s` seconds."""
-    request = health_pb2.HealthCheckRequest(service=FULL_NAMES[service])
+    request = health_pb2.HealthCheckRequest(service=OFFERS[service][0])
     deadline = time.monotonic() + timeout_s
     with open_channel(settings, service) as channel:
         stub: Any = health_pb2_grpc.HealthStub(channel)  # its methods exist at run time only

@@ -1,4 +1,4 @@
-"""Settings of the four processes: one frozen object, read once, in `main`.
+"""Settings of the processes: one frozen object, read once, in `main`.
 
 Every field can be set in the environment as EDSC_<NAME> (EDSC_TRANSMITTER_PORT=50061), and the
 common ones on the command line of a service (`python -m channel_sim --port 0`), which wins.
@@ -8,15 +8,14 @@ import argparse
 from collections.abc import Sequence
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, Literal
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from shared.errors import InvalidRequest
 
-ServiceName = Literal["transmitter", "channel", "receiver", "gateway"]
-SERVICE_NAMES: Final[tuple[ServiceName, ...]] = get_args(ServiceName)
+ServiceName = Literal["transmitter", "channel", "receiver", "baselines", "gateway"]
 
 MIB: Final = 2**20
 
@@ -31,6 +30,7 @@ class Settings(BaseSettings):
     channel_port: int = Field(default=50052, ge=0, le=65535)
     receiver_port: int = Field(default=50053, ge=0, le=65535)
     gateway_port: int = Field(default=8000, ge=0, le=65535)
+    baselines_port: int = Field(default=50054, ge=0, le=65535)
     metrics_port: int | None = Field(
         default=None,
         ge=0,
@@ -45,6 +45,9 @@ class Settings(BaseSettings):
     )
     channel_target: str = ""
     receiver_target: str = ""
+    baselines_target: str = Field(
+        default="", description="the optional process that carries the schemes compared with"
+    )
 
     weights: Path | None = Field(default=None, description="bundle folder; unset: the shipped one")
     device: str = Field(default="cpu", description='torch device: "cpu", "cuda", "cuda:1", "auto"')
@@ -112,10 +115,11 @@ class Settings(BaseSettings):
             "channel": self.channel_port,
             "receiver": self.receiver_port,
             "gateway": self.gateway_port,
+            "baselines": self.baselines_port,
         }
         return ports[service]
 
-    def target(self, service: Literal["transmitter", "channel", "receiver"]) -> str:
+    def target(self, service: Literal["transmitter", "channel", "receiver", "baselines"]) -> str:
         """gRPC target at which the gateway finds `service`, all its replicas.
 
         Raises InvalidRequest for a list with a name in it: names are for DNS to make lists of.
@@ -124,6 +128,7 @@ class Settings(BaseSettings):
             "transmitter": self.transmitter_target,
             "channel": self.channel_target,
             "receiver": self.receiver_target,
+            "baselines": self.baselines_target,
         }[service]
         if "," in chosen and "://" not in chosen and not chosen.startswith(("ipv4:", "ipv6:")):
             return _several(chosen)

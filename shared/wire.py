@@ -17,7 +17,8 @@ from shared.attributes import ATTRIBUTES, MAX_DEGREE, Attribute, Edit
 from shared.bundle import Bundle
 from shared.errors import InvalidRequest, PayloadTooLarge
 from shared.pb import edsc_pb2
-from shared.symbols import Cbr, Reception, average_power, check_snr_db
+from shared.schemes import PLANS, Plan, Scheme
+from shared.symbols import Cbr, Reception, average_power, cbr, check_snr_db
 
 BYTES_PER_SAMPLE: Final = 8
 POWER_TOLERANCE: Final = 1e-3
@@ -103,10 +104,10 @@ def reception_from_wire(
     return Reception(y=y, h=h, pilots=pilots, noise_variance=noise_variance)
 
 
-def cbr_to_wire(cbr: Cbr, pilots: int = 0) -> edsc_pb2.BandwidthRatio:
+def cbr_to_wire(spent: Cbr, pilots: int = 0) -> edsc_pb2.BandwidthRatio:
     """Bandwidth spent on a message; pilots: how many of its uses (count) are pilots."""
     return edsc_pb2.BandwidthRatio(
-        paper=cbr.paper, complex_uses=cbr.complex_uses, uses=cbr.uses, pilot_uses=pilots
+        paper=spent.paper, complex_uses=spent.complex_uses, uses=spent.uses, pilot_uses=pilots
     )
 
 
@@ -144,14 +145,67 @@ def edit_from_wire(message: edsc_pb2.Edit) -> tuple[Edit, float]:
     )
 
 
+def degrees_to_wire(
+    after: Sequence[int],
+    before: Sequence[int] | None = None,
+    edit: Edit | None = None,
+    expected: int | None = None,
+) -> list[edsc_pb2.AttributeDegrees]:
+    """Degrees 0..5 of the five attributes, in their order, for a reply.
+
+    before: None where nothing was edited. expected: asked of the edit's attribute.
+    """
+    found = []
+    for attribute in ATTRIBUTES:
+        degrees = edsc_pb2.AttributeDegrees(attribute=attribute.value, after=after[attribute.index])
+        if before is not None:
+            degrees.before = before[attribute.index]
+        if edit is not None and expected is not None and edit.attribute is attribute:
+            degrees.expected = expected
+        found.append(degrees)
+    return found
+
+
+def scheme_to_wire(
+    plan: Plan,
+    *,
+    spent: Cbr | None,
+    header_uses: int = 0,
+    printed: float | None = None,
+    missing: str = "",
+) -> edsc_pb2.SchemeDescription:
+    """What a process says of a scheme that it carries.
+
+    spent: without pilots; None where the scheme cannot be had, and `missing` says why. printed: the
+    paper's figure, if it has one. It goes one way only: a caller reads the message itself.
+    """
+    return edsc_pb2.SchemeDescription(
+        name=plan.scheme.value,
+        description=plan.description,
+        cbr=None if spent is None else cbr_to_wire(spent),
+        header_uses=header_uses,
+        printed_cbr=printed,
+        missing=missing,
+    )
+
+
 def model_to_wire(
-    bundle: Bundle, *, uses: int, image_size: int, qualities: Sequence[str] = ()
+    bundle: Bundle,
+    *,
+    uses: int,
+    image_size: int,
+    qualities: Sequence[str] = (),
+    schemes: Sequence[edsc_pb2.SchemeDescription] | None = None,
 ) -> edsc_pb2.ModelDescription:
     """What a process says of its weights.
 
-    uses: complex channel uses per message. image_size: pixels. It goes one way only: a caller
-    reads the message itself.
+    uses: complex channel uses per message. image_size: pixels. schemes: what it carries; None for
+    Editable-DeepSC alone. It goes one way only: a caller reads the message itself.
     """
+    if schemes is None:
+        spent = cbr(uses, image_size, image_size)
+        plan = PLANS[Scheme.EDITABLE_DEEPSC]
+        schemes = (scheme_to_wire(plan, spent=spent, printed=spent.paper),)
     return edsc_pb2.ModelDescription(
         name=bundle.name,
         digest=bundle.digest,
@@ -162,6 +216,7 @@ def model_to_wire(
         qualities=qualities,
         networks=bundle.nets,
         threads=torch.get_num_threads(),
+        schemes=schemes,
     )
 
 

@@ -96,6 +96,26 @@ def random_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def baselines_bundle(random_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The random bundle with a picture codec: untrained, on components of random pictures."""
+    import shutil
+
+    from baselines.deepsc import NET, Deepsc, DeepscConfig, PatchCode
+    from shared.bundle import write_net
+
+    folder = tmp_path_factory.mktemp("baselines") / "bundle"
+    shutil.copytree(random_bundle, folder)
+    draws = torch.Generator().manual_seed(2)
+    pictures = torch.nn.functional.interpolate(torch.randn(32, 3, 5, 5, generator=draws) * 0.4, 32)
+    config = DeepscConfig(wide=8, narrow=8, blocks=1)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        net = Deepsc(config, PatchCode.fit(pictures, config.components))
+    write_net(folder, NET, config=config.to_json(), tensors=net.state_dict(), provenance={})
+    return folder
+
+
+@pytest.fixture(scope="session")
 def services(random_bundle: Path) -> Iterator[Settings]:
     """The three real services in this process, on free ports, with random weights.
 

@@ -256,8 +256,8 @@ def test_weights_lists_nets_and_checks_hashes(random_bundle: Path, tmp_path: Pat
 
 
 def test_every_recipe_has_a_name() -> None:
-    assert {name.value for name in RecipeName} == {*ORDER, "all"}
-    assert all(callable(recipe(name)) for name in ORDER)
+    assert {name.value for name in RecipeName} == {*ORDER, "deepsc", "all"}
+    assert all(callable(recipe(name)) for name in (*ORDER, "deepsc"))
     with pytest.raises(InvalidRequest, match="painter"):
         recipe("painter")
 

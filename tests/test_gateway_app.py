@@ -184,7 +184,9 @@ def test_the_facts(client: TestClient) -> None:
     assert all(len(a["degrees"]) == attributes["max_degree"] + 1 for a in attributes["attributes"])
     channels = client.get("/v1/channels").json()
     assert [c["name"] for c in channels["channels"]] == ["awgn", "rayleigh", "rician"]
-    assert [s["name"] for s in client.get("/v1/schemes").json()["schemes"]] == ["editable-deepsc"]
+    schemes = client.get("/v1/schemes").json()["schemes"]
+    assert schemes[0]["name"] == "editable-deepsc"
+    assert schemes[0]["available"]
     model = client.get("/v1/model").json()
     assert model["uses"] == 256
     assert len(model["digest"]) == 64

@@ -313,7 +313,6 @@ def test_the_shipped_reader_keeps_what_it_reached_on_unseen_sentences() -> None:
     """Floors below the measured shares, against regressions; the model card has the shares.
 
     Asked for are 98 % right attribute and direction, 90 % right size, 95 % of the others refused.
-    The first is not reached yet.
     """
     reader = shipped()
     if not (SENTENCES / "in_scope.jsonl").is_file():
@@ -322,9 +321,9 @@ def test_the_shipped_reader_keeps_what_it_reached_on_unseen_sentences() -> None:
     shares = {name: figure.mean for name, figure in figures.items()}
     assert figures["attribute and way"].count >= 300
     assert figures["refused"].count >= 100
-    assert shares["attribute and way"] >= 0.91, shares
-    assert shares["size as well"] >= 0.90, shares
-    assert shares["refused"] >= 0.95, shares
+    assert shares["attribute and way"] >= 0.96, shares
+    assert shares["size as well"] >= 0.95, shares
+    assert shares["refused"] >= 0.97, shares
 
 
 def test_scores_count_what_they_say() -> None:

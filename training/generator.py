@@ -153,7 +153,7 @@ class Nets:
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         config = GeneratorConfig(channels=recipe.channels, draft_size=recipe.draft_size)
         form = {"device": device, "memory_format": torch.channels_last}
-        self.device = device
+        self.device, self.recipe = device, recipe
         self.generator = Generator(config).to(**form)  # type: ignore[call-overload]
         inversion = InversionConfig(channels=recipe.encoder_channels, draft_size=recipe.draft_size)
         self.encoder = InversionEncoder(inversion).to(**form)  # type: ignore[call-overload]
@@ -259,13 +259,15 @@ class Nets:
         return encoder
 
     def write(self, folder: Path, encoder: InversionEncoder, run: Run) -> None:
-        """Write G, E and D to the bundle, so that a later run can go on from there alone."""
+        """Write G and E, and D once it has learned: a later run can go on from the bundle."""
         provenance = run.provenance()
-        for net, module, config in (
+        nets: list[tuple[str, nn.Module, dict[str, Any]]] = [
             ("generator", self.smooth_generator, self.generator.config.to_json()),
             ("inversion", encoder, self.encoder.config.to_json()),
-            ("discriminator", self.discriminator, {}),
-        ):
+        ]
+        if run.images > self.recipe.adversary_from:
+            nets.append(("discriminator", self.discriminator, {}))
+        for net, module, config in nets:
             write_net(
                 folder, net, config=config, tensors=module.state_dict(), provenance=provenance
             )

@@ -70,10 +70,10 @@ def make_sentence(rng: Random) -> Sentence:
     if draw < 0.71:
         sentence = _in_scope(rng)
     elif draw < 0.96:
-        sentence = labelled(_wrap(_out_of_scope(rng), rng, 0.35), None)
+        sentence = labelled(wrap(_out_of_scope(rng), rng, 0.35), None)
     else:
-        sentence = labelled(_wrap(_several(rng), rng, 0.5), None, several=True)
-    return replace(sentence, text=misspell(_punctuate(sentence.text, rng), rng))
+        sentence = labelled(wrap(_several(rng), rng, 0.5), None, several=True)
+    return replace(sentence, text=misspell(punctuate(sentence.text, rng), rng))
 
 
 def _in_scope(rng: Random) -> Sentence:
@@ -100,7 +100,7 @@ def _in_scope(rng: Random) -> Sentence:
         others = split(phrases("grammar")["around"]["kept"])
         kept = rng.choice([word for word in others if word not in _OWN_WORDS[attribute]])
         text = expand(_around("keep", rng), {"X": text, "K": kept}, rng)
-    return labelled(_wrap(text, rng, 0.5), edit)
+    return labelled(wrap(text, rng, 0.5), edit)
 
 
 _STOPS = (". ", ". ", ", ", " ", ", so ", ". so ", ", please ")
@@ -434,7 +434,7 @@ def _neutral() -> tuple[str, ...]:
     return tuple(";".join(words[i::16]) for i in range(16))
 
 
-def _wrap(text: str, rng: Random, amount: float) -> str:
+def wrap(text: str, rng: Random, amount: float) -> str:
     """Context and politeness around a request; `amount` is the probability of each."""
     if rng.random() < amount * 0.8:
         text = f"{_around('before', rng)} {text}"
@@ -447,7 +447,7 @@ def _wrap(text: str, rng: Random, amount: float) -> str:
     return text
 
 
-def _punctuate(text: str, rng: Random) -> str:
+def punctuate(text: str, rng: Random) -> str:
     draw = rng.random()
     if draw < 0.35:
         return text

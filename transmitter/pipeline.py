@@ -85,7 +85,7 @@ class Transmitter:
         # As many pictures in a pass as pay: a CPU's caches hold no more, a GPU starves on fewer.
         most = 8 if self.device.type == "cpu" else 64
         self._decode = Operation("decode", _each(decode_photo), aside=True)
-        self._align = Operation("align", _each(self._aligned), aside=True)
+        self._align = Operation("align", _each(self._align_one), aside=True)
         self._inverting = Inverting.of(self.encoder, self.generator, self.predictor, most=most)
         self._matching = Matching.of(self.generator, self.fields, self.predictor, most=most)
         self._code = Operation("code", self._encoded)
@@ -223,10 +223,15 @@ class Transmitter:
         snr_db = torch.tensor([snr_db for _, snr_db in items], device=w.device)  # [B]
         return self.channel_encoder(w, snr_db).split(1)  # type: ignore[no-any-return]
 
-    def _aligned(self, photo: tuple[Tensor, bool]) -> tuple[Tensor, int]:
-        """Pixels, and whether to look for a face in them -> the face [1, 3, S, S] in [-1, 1], and
-        how many faces the picture showed."""
-        pixels, find = photo
+    def _align_one(self, photo: tuple[Tensor, bool]) -> tuple[Tensor, int]:
+        return self.aligned(*photo)
+
+    def aligned(self, pixels: Tensor, find: bool) -> tuple[Tensor, int]:
+        """The face [1, 3, S, S] in [-1, 1], and how many faces the picture showed.
+
+        pixels: uint8 [3, H, W]. find: look for the largest face; without, the picture is the face,
+        and must be square. Raises NoFaceFound, InvalidRequest.
+        """
         size = self.image_size
         height, width = pixels.shape[1:]
         if not find:

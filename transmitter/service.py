@@ -8,7 +8,6 @@ from typing import Final, cast, get_args
 import torch
 from torch import Tensor
 
-from shared.attributes import ATTRIBUTES
 from shared.batching import Operation, Steps, ask
 from shared.bundle import Bundle
 from shared.compute import prepare
@@ -16,9 +15,10 @@ from shared.errors import EdscError, InvalidRequest, PayloadTooLarge
 from shared.images import encode_png
 from shared.pb import edsc_pb2, edsc_pb2_grpc
 from shared.rpc import Call, Server, Slot, streaming, unary
+from shared.schemes import Scheme
 from shared.settings import MIB, Settings
 from shared.symbols import check_snr_db
-from shared.wire import edit_to_wire, frame_to_wire, model_to_wire
+from shared.wire import degrees_to_wire, edit_to_wire, frame_to_wire, model_to_wire
 from shared.worker import Worker
 from transmitter.editing import Quality
 from transmitter.pipeline import NO_EDIT, Transmission, Transmitter
@@ -53,7 +53,7 @@ class TransmitterService(edsc_pb2_grpc.TransmitterServicer):
         model = self._model.get()
         check_request(request, self.server.settings)
         return self.server.worker.run_steps(
-            call, lambda: transmit(model, request, call, None), lane_of(request)
+            call, lambda: self.transmit(model, request, call, None), self.lane_of(request)
         )
 
     @streaming
@@ -72,7 +72,7 @@ class TransmitterService(edsc_pb2_grpc.TransmitterServicer):
             events.put(edsc_pb2.TransmitEvent(progress=told))
 
         future = self.server.worker.submit_steps(
-            call, lambda: transmit(model, request, call, progress), lane_of(request)
+            call, lambda: self.transmit(model, request, call, progress), self.lane_of(request)
         )
         future.add_done_callback(lambda _: events.put(None))
         try:
@@ -109,6 +109,35 @@ class TransmitterService(edsc_pb2_grpc.TransmitterServicer):
         """Which weights are loaded and what they can do."""
         return self._model.get().description
 
+    def lane_of(self, request: edsc_pb2.TransmitRequest) -> str | None:
+        """Requests of one quality take about as long as each other: they queue together."""
+        return quality_of(request)
+
+    def transmit(
+        self,
+        model: Model,
+        request: edsc_pb2.TransmitRequest,
+        call: Call,
+        progress: Callable[[str, float], None] | None,
+    ) -> Steps[edsc_pb2.TransmitReply]:
+        """Run the pipeline on a checked request, in steps; on the worker's thread."""
+        scheme = Scheme.parse(request.scheme)
+        if scheme is not Scheme.EDITABLE_DEEPSC:
+            raise InvalidRequest(
+                f"scheme is {scheme.value!r}; expected {Scheme.EDITABLE_DEEPSC.value!r}: the others"
+                " are carried by the process `baselines`"
+            )
+        sent = yield from model.transmitter.transmitting(
+            request.image,
+            request.instruction,
+            snr_db=request.snr_db,
+            quality=quality_of(request),
+            align=align_of(request),
+            cancelled=call.cancelled,
+            progress=progress,
+        )
+        return (yield from reply_with(sent, request, call))
+
 
 def check_sentence(instruction: str, settings: Settings) -> None:
     """Raise InvalidRequest for an empty or an over-long sentence."""
@@ -139,27 +168,20 @@ def check_request(request: edsc_pb2.TransmitRequest, settings: Settings) -> None
         )
 
 
-def lane_of(request: edsc_pb2.TransmitRequest) -> str:
-    """Requests of one quality take about as long as each other: they queue together."""
-    return request.quality or DEFAULT_QUALITY
+def quality_of(request: edsc_pb2.TransmitRequest) -> Quality:
+    """The quality asked for, or the default."""
+    return cast(Quality, request.quality or DEFAULT_QUALITY)
 
 
-def transmit(
-    model: Model,
-    request: edsc_pb2.TransmitRequest,
-    call: Call,
-    progress: Callable[[str, float], None] | None,
+def align_of(request: edsc_pb2.TransmitRequest) -> bool:
+    """Whether the face is to be found and aligned; true where the request does not say."""
+    return request.align if request.HasField("align") else True
+
+
+def reply_with(
+    sent: Transmission, request: edsc_pb2.TransmitRequest, call: Call
 ) -> Steps[edsc_pb2.TransmitReply]:
-    """Run the pipeline on a checked request, in steps; on the worker's thread."""
-    sent = yield from model.transmitter.transmitting(
-        request.image,
-        request.instruction,
-        snr_db=request.snr_db,
-        quality=cast(Quality, request.quality or DEFAULT_QUALITY),
-        align=request.align if request.HasField("align") else True,
-        cancelled=call.cancelled,
-        progress=progress,
-    )
+    """The reply with the pictures and the time per stage; the last step of a request."""
     for stage, milliseconds in sent.timings_ms.items():
         if stage != "total":
             call.watch.add(stage, milliseconds)
@@ -183,12 +205,7 @@ def transmission_to_wire(sent: Transmission, snr_db: float) -> edsc_pb2.Transmit
         reply.edit.CopyFrom(edit_to_wire(sent.edit, sent.confidence or 0.0))
     if sent.reached is not None:
         reply.reached = sent.reached
-    for attribute in ATTRIBUTES:
-        degrees = reply.degrees.add(attribute=attribute.value, after=sent.after[attribute.index])
-        if sent.before is not None:
-            degrees.before = sent.before[attribute.index]
-        if sent.edit is not None and sent.expected is not None and sent.edit.attribute is attribute:
-            degrees.expected = sent.expected
+    reply.degrees.extend(degrees_to_wire(sent.after, sent.before, sent.edit, sent.expected))
     return reply
 
 

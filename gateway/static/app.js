@@ -2,9 +2,9 @@
 
 const $ = (id) => document.getElementById(id);
 const form = $("form");
-const STAGE_WORDS = { decode: "Reading the photo", align: "Finding the face", invert: "Inverting into the latent space", read: "Reading the sentence", edit: "Editing until the degree is right", encode: "Coding for the channel", draw: "Drawing what is sent", pictures: "Writing PNGs", propagate: "Crossing the air", receive: "Drawing what was received", queue: "Waiting for a free worker", overhead: "Hops" };
-const STAGE_ORDER = ["queue", "read", "decode", "align", "invert", "edit", "encode", "draw", "pictures", "propagate", "receive", "overhead"];
-const COLOURS = { queue: "--s6", decode: "--s6", align: "--s3", invert: "--s1", read: "--s4", edit: "--s2", encode: "--s5", draw: "--s1", pictures: "--s6", propagate: "--s5", receive: "--s3", overhead: "--s6" };
+const STAGE_WORDS = { decode: "Reading the photo", align: "Finding the face", invert: "Inverting into the latent space", read: "Reading the sentence", edit: "Editing until the degree is right", compress: "Compressing the picture", encode: "Coding for the channel", draw: "Drawing what is sent", pictures: "Writing PNGs", propagate: "Crossing the air", receive: "Drawing what was received", queue: "Waiting for a free worker", overhead: "Hops" };
+const STAGE_ORDER = ["queue", "read", "decode", "align", "invert", "edit", "compress", "encode", "draw", "pictures", "propagate", "receive", "overhead"];
+const COLOURS = { queue: "--s6", decode: "--s6", align: "--s3", invert: "--s1", read: "--s4", edit: "--s2", compress: "--s3", encode: "--s5", draw: "--s1", pictures: "--s6", propagate: "--s5", receive: "--s3", overhead: "--s6" };
 const SUGGESTIONS = ["make the smile bigger", "give him a fuller beard", "add eyeglasses", "make her look younger", "remove the bangs", "-"];
 
 let photo = null;        // File or Blob to send
@@ -118,7 +118,31 @@ function showControls() {
 const sendAgain = later(() => { if (sentOnce && photo) send(); }, 180);
 for (const id of ["snr", "k"]) $(id).addEventListener("input", () => { showControls(); sendAgain(); });
 for (const radio of form.elements.channel) radio.addEventListener("change", () => { showControls(); sendAgain(); });
-for (const id of ["fading", "csi"]) $(id).addEventListener("change", sendAgain);
+for (const id of ["fading", "csi", "scheme"]) $(id).addEventListener("change", sendAgain);
+
+// The schemes that are not on offer stay in the list, greyed: what they want is in their title.
+let schemes = [];
+async function loadSchemes() {
+  ({ schemes } = await (await fetch("/v1/schemes")).json());
+  const chosen = $("scheme").value;
+  $("scheme").replaceChildren(...schemes.map((scheme) => {
+    const option = new Option(scheme.name, scheme.name, false, scheme.name === chosen);
+    option.disabled = scheme.baseline && !scheme.available;
+    option.title = scheme.missing ?? scheme.description;
+    return option;
+  }));
+  describeScheme();
+}
+function describeScheme() {
+  const scheme = schemes.find((each) => each.name === $("scheme").value);
+  const idle = schemes.find((each) => each.baseline && !each.available);
+  const cost = scheme?.cbr ? `, CBR ${scheme.cbr.complex_uses.toFixed(4)} in complex uses` : "";
+  const hint = scheme && !scheme.baseline && idle ? ` Some of the others are not on offer: ${idle.missing}` : "";
+  $("scheme-words").textContent = scheme ? `${scheme.description}${cost}.${hint}` : "";
+}
+$("scheme").addEventListener("change", describeScheme);
+// Their process may have come or gone since.
+$("scheme").closest("details").addEventListener("toggle", () => loadSchemes().catch(() => {}));
 
 // ------------------------------------------------------------------------------------------ sending
 
@@ -127,7 +151,7 @@ form.addEventListener("submit", (event) => { event.preventDefault(); send(); });
 function order() {
   const data = new FormData();
   data.append("image", photo, photo.name ?? "sample.png");
-  for (const name of ["instruction", "snr_db", "channel", "quality", "fading", "csi"]) data.append(name, form.elements[name].value);
+  for (const name of ["instruction", "snr_db", "channel", "quality", "fading", "csi", "scheme"]) data.append(name, form.elements[name].value);
   if (form.elements.channel.value === "rician") data.append("k_factor_db", $("k").value);
   if ($("seed").value !== "") data.append("seed", $("seed").value);
   data.append("align", $("align").checked ? "true" : "false");
@@ -181,7 +205,7 @@ async function* events(stream) {
 
 // ------------------------------------------------------------------------------------------ showing
 
-const WEIGHT = { read: [0.02, 0.01], decode: [0.03, 0.02], align: [0.05, 0.07], invert: [0.12, 0.5], edit: [0.62, 0.23], encode: [0.85, 0.02], draw: [0.87, 0.02], propagate: [0.89, 0.02], receive: [0.91, 0.09] };
+const WEIGHT = { read: [0.02, 0.01], decode: [0.03, 0.02], align: [0.05, 0.07], invert: [0.12, 0.5], edit: [0.62, 0.23], compress: [0.84, 0.01], encode: [0.85, 0.02], draw: [0.87, 0.02], propagate: [0.89, 0.02], receive: [0.91, 0.09] };
 
 function onProgress({ stage, fraction }) {
   const [start, share] = WEIGHT[stage] ?? [0, 0];
@@ -225,10 +249,11 @@ const duration = (ms) => (ms >= 1000 ? `${(ms / 1000).toFixed(2)} s` : `${ms.toF
 async function showResult(answer) {
   await Promise.all([
     showPicture("aligned", answer.images.aligned, "The face, cut out and aligned"),
-    showPicture("sent", answer.images.sent, `The edited face before the channel: ${answer.edit?.description ?? "unedited"}`),
+    showPicture("sent", answer.images.sent, `${answer.scheme.endsWith("+edit") ? "The face that was sent, edited after the channel" : "The edited face before the channel"}: ${answer.edit?.description ?? "unedited"}`),
     showPicture("received", answer.images.received, `The face as received at ${answer.snr_db} dB`),
   ]);
   $("pictures").classList.remove("stale");
+  $("sent-note").textContent = answer.scheme.endsWith("+edit") ? "before the air, edited after it" : "edited, before the air";
   $("received-note").textContent = `after the air, ${decibels(answer.snr_db)}`;
   $("status-text").textContent = `Done in ${duration(answer.timings_ms.total)}.`;
 
@@ -276,6 +301,8 @@ function showLink(answer) {
     ["CBR, the paper’s count", answer.cbr.paper.toFixed(4)],
     ["CBR, complex uses", answer.cbr.complex_uses.toFixed(4)],
     ["Channel uses", `${answer.cbr.uses}${answer.cbr.pilot_uses ? ` (${answer.cbr.pilot_uses} pilots)` : ""}`],
+    ...(answer.scheme === "editable-deepsc" ? [] : [["Scheme", answer.scheme]]),
+    ...(answer.code ? [["Code blocks lost", `${answer.code.block_errors} of ${answer.code.blocks}`]] : []),
     ["Channel", `${answer.channel}${fading}`],
     ...(answer.channel === "rician" ? [["K-factor", decibels(answer.k_factor_db)]] : []),
     ...(answer.channel === "awgn" || answer.fading_db === null ? [] : [["Fade, |h|²", decibels(answer.fading_db.toFixed(1))]]),
@@ -307,6 +334,7 @@ function showTimes(timings) {
 
 // ----------------------------------------------------------------------------------------- starting
 
+let wasReady = false;
 async function showReady() {
   let words = "gateway not reachable", ready = false;
   try {
@@ -316,6 +344,8 @@ async function showReady() {
     words = ready ? "link ready" : `not ready: ${down.join(", ")}`;
   } catch { /* words say it */ }
   $("ready").textContent = words;
+  if (ready && !wasReady) loadSchemes().catch(() => {});  // they could not be asked for before
+  wasReady = ready;
   $("ready").className = `ready ${ready ? "yes" : "no"}`;
   setTimeout(showReady, ready ? 10000 : 2000);
 }

@@ -51,20 +51,22 @@ class BandwidthRatio(_message.Message):
     def __init__(self, paper: _Optional[float] = ..., complex_uses: _Optional[float] = ..., uses: _Optional[int] = ..., pilot_uses: _Optional[int] = ...) -> None: ...
 
 class TransmitRequest(_message.Message):
-    __slots__ = ("image", "instruction", "snr_db", "quality", "align", "omit_pictures")
+    __slots__ = ("image", "instruction", "snr_db", "quality", "align", "omit_pictures", "scheme")
     IMAGE_FIELD_NUMBER: _ClassVar[int]
     INSTRUCTION_FIELD_NUMBER: _ClassVar[int]
     SNR_DB_FIELD_NUMBER: _ClassVar[int]
     QUALITY_FIELD_NUMBER: _ClassVar[int]
     ALIGN_FIELD_NUMBER: _ClassVar[int]
     OMIT_PICTURES_FIELD_NUMBER: _ClassVar[int]
+    SCHEME_FIELD_NUMBER: _ClassVar[int]
     image: bytes
     instruction: str
     snr_db: float
     quality: str
     align: bool
     omit_pictures: bool
-    def __init__(self, image: _Optional[bytes] = ..., instruction: _Optional[str] = ..., snr_db: _Optional[float] = ..., quality: _Optional[str] = ..., align: _Optional[bool] = ..., omit_pictures: _Optional[bool] = ...) -> None: ...
+    scheme: str
+    def __init__(self, image: _Optional[bytes] = ..., instruction: _Optional[str] = ..., snr_db: _Optional[float] = ..., quality: _Optional[str] = ..., align: _Optional[bool] = ..., omit_pictures: _Optional[bool] = ..., scheme: _Optional[str] = ...) -> None: ...
 
 class Edit(_message.Message):
     __slots__ = ("attribute", "change", "target", "direction", "description", "confidence")
@@ -95,7 +97,7 @@ class AttributeDegrees(_message.Message):
     def __init__(self, attribute: _Optional[str] = ..., before: _Optional[int] = ..., expected: _Optional[int] = ..., after: _Optional[int] = ...) -> None: ...
 
 class TransmitReply(_message.Message):
-    __slots__ = ("frame", "edit", "degrees", "reached", "match_steps", "faces_found", "aligned_png", "sent_png", "timings_ms")
+    __slots__ = ("frame", "edit", "degrees", "reached", "match_steps", "faces_found", "aligned_png", "sent_png", "timings_ms", "header_uses", "stream_bits")
     class TimingsMsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -112,6 +114,8 @@ class TransmitReply(_message.Message):
     ALIGNED_PNG_FIELD_NUMBER: _ClassVar[int]
     SENT_PNG_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_MS_FIELD_NUMBER: _ClassVar[int]
+    HEADER_USES_FIELD_NUMBER: _ClassVar[int]
+    STREAM_BITS_FIELD_NUMBER: _ClassVar[int]
     frame: SymbolFrame
     edit: Edit
     degrees: _containers.RepeatedCompositeFieldContainer[AttributeDegrees]
@@ -121,7 +125,9 @@ class TransmitReply(_message.Message):
     aligned_png: bytes
     sent_png: bytes
     timings_ms: _containers.ScalarMap[str, float]
-    def __init__(self, frame: _Optional[_Union[SymbolFrame, _Mapping]] = ..., edit: _Optional[_Union[Edit, _Mapping]] = ..., degrees: _Optional[_Iterable[_Union[AttributeDegrees, _Mapping]]] = ..., reached: _Optional[bool] = ..., match_steps: _Optional[int] = ..., faces_found: _Optional[int] = ..., aligned_png: _Optional[bytes] = ..., sent_png: _Optional[bytes] = ..., timings_ms: _Optional[_Mapping[str, float]] = ...) -> None: ...
+    header_uses: int
+    stream_bits: int
+    def __init__(self, frame: _Optional[_Union[SymbolFrame, _Mapping]] = ..., edit: _Optional[_Union[Edit, _Mapping]] = ..., degrees: _Optional[_Iterable[_Union[AttributeDegrees, _Mapping]]] = ..., reached: _Optional[bool] = ..., match_steps: _Optional[int] = ..., faces_found: _Optional[int] = ..., aligned_png: _Optional[bytes] = ..., sent_png: _Optional[bytes] = ..., timings_ms: _Optional[_Mapping[str, float]] = ..., header_uses: _Optional[int] = ..., stream_bits: _Optional[int] = ...) -> None: ...
 
 class Progress(_message.Message):
     __slots__ = ("stage", "fraction", "elapsed_ms")
@@ -158,7 +164,7 @@ class DescribeModelRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ModelDescription(_message.Message):
-    __slots__ = ("name", "digest", "uses", "image_size", "attributes", "max_degree", "qualities", "networks", "threads")
+    __slots__ = ("name", "digest", "uses", "image_size", "attributes", "max_degree", "qualities", "networks", "threads", "schemes")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     USES_FIELD_NUMBER: _ClassVar[int]
@@ -168,6 +174,7 @@ class ModelDescription(_message.Message):
     QUALITIES_FIELD_NUMBER: _ClassVar[int]
     NETWORKS_FIELD_NUMBER: _ClassVar[int]
     THREADS_FIELD_NUMBER: _ClassVar[int]
+    SCHEMES_FIELD_NUMBER: _ClassVar[int]
     name: str
     digest: str
     uses: int
@@ -177,7 +184,24 @@ class ModelDescription(_message.Message):
     qualities: _containers.RepeatedScalarFieldContainer[str]
     networks: _containers.RepeatedScalarFieldContainer[str]
     threads: int
-    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., uses: _Optional[int] = ..., image_size: _Optional[int] = ..., attributes: _Optional[_Iterable[str]] = ..., max_degree: _Optional[int] = ..., qualities: _Optional[_Iterable[str]] = ..., networks: _Optional[_Iterable[str]] = ..., threads: _Optional[int] = ...) -> None: ...
+    schemes: _containers.RepeatedCompositeFieldContainer[SchemeDescription]
+    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., uses: _Optional[int] = ..., image_size: _Optional[int] = ..., attributes: _Optional[_Iterable[str]] = ..., max_degree: _Optional[int] = ..., qualities: _Optional[_Iterable[str]] = ..., networks: _Optional[_Iterable[str]] = ..., threads: _Optional[int] = ..., schemes: _Optional[_Iterable[_Union[SchemeDescription, _Mapping]]] = ...) -> None: ...
+
+class SchemeDescription(_message.Message):
+    __slots__ = ("name", "description", "cbr", "header_uses", "printed_cbr", "missing")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DESCRIPTION_FIELD_NUMBER: _ClassVar[int]
+    CBR_FIELD_NUMBER: _ClassVar[int]
+    HEADER_USES_FIELD_NUMBER: _ClassVar[int]
+    PRINTED_CBR_FIELD_NUMBER: _ClassVar[int]
+    MISSING_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    description: str
+    cbr: BandwidthRatio
+    header_uses: int
+    printed_cbr: float
+    missing: str
+    def __init__(self, name: _Optional[str] = ..., description: _Optional[str] = ..., cbr: _Optional[_Union[BandwidthRatio, _Mapping]] = ..., header_uses: _Optional[int] = ..., printed_cbr: _Optional[float] = ..., missing: _Optional[str] = ...) -> None: ...
 
 class PropagateRequest(_message.Message):
     __slots__ = ("frame", "channel", "fading", "k_factor_db", "csi", "pilots", "snr_db", "seed", "image_size")
@@ -257,13 +281,15 @@ class ChannelDescription(_message.Message):
     def __init__(self, channels: _Optional[_Iterable[_Union[ChannelKind, _Mapping]]] = ..., csi: _Optional[_Iterable[str]] = ..., min_snr_db: _Optional[float] = ..., max_snr_db: _Optional[float] = ..., default_k_factor_db: _Optional[float] = ..., default_pilots: _Optional[int] = ..., max_samples: _Optional[int] = ...) -> None: ...
 
 class ReceiveRequest(_message.Message):
-    __slots__ = ("frame",)
+    __slots__ = ("frame", "scheme")
     FRAME_FIELD_NUMBER: _ClassVar[int]
+    SCHEME_FIELD_NUMBER: _ClassVar[int]
     frame: ReceivedFrame
-    def __init__(self, frame: _Optional[_Union[ReceivedFrame, _Mapping]] = ...) -> None: ...
+    scheme: str
+    def __init__(self, frame: _Optional[_Union[ReceivedFrame, _Mapping]] = ..., scheme: _Optional[str] = ...) -> None: ...
 
 class ReceiveReply(_message.Message):
-    __slots__ = ("png", "image_size", "timings_ms")
+    __slots__ = ("png", "image_size", "timings_ms", "degrees", "reached", "match_steps", "edit", "blocks", "block_errors")
     class TimingsMsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -274,7 +300,19 @@ class ReceiveReply(_message.Message):
     PNG_FIELD_NUMBER: _ClassVar[int]
     IMAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_MS_FIELD_NUMBER: _ClassVar[int]
+    DEGREES_FIELD_NUMBER: _ClassVar[int]
+    REACHED_FIELD_NUMBER: _ClassVar[int]
+    MATCH_STEPS_FIELD_NUMBER: _ClassVar[int]
+    EDIT_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_ERRORS_FIELD_NUMBER: _ClassVar[int]
     png: _containers.RepeatedScalarFieldContainer[bytes]
     image_size: int
     timings_ms: _containers.ScalarMap[str, float]
-    def __init__(self, png: _Optional[_Iterable[bytes]] = ..., image_size: _Optional[int] = ..., timings_ms: _Optional[_Mapping[str, float]] = ...) -> None: ...
+    degrees: _containers.RepeatedCompositeFieldContainer[AttributeDegrees]
+    reached: bool
+    match_steps: int
+    edit: Edit
+    blocks: int
+    block_errors: int
+    def __init__(self, png: _Optional[_Iterable[bytes]] = ..., image_size: _Optional[int] = ..., timings_ms: _Optional[_Mapping[str, float]] = ..., degrees: _Optional[_Iterable[_Union[AttributeDegrees, _Mapping]]] = ..., reached: _Optional[bool] = ..., match_steps: _Optional[int] = ..., edit: _Optional[_Union[Edit, _Mapping]] = ..., blocks: _Optional[int] = ..., block_errors: _Optional[int] = ...) -> None: ...

@@ -1,0 +1,1 @@
+"""What the paper compares with: separate source and channel coding, a learned codec, controls."""

@@ -1,0 +1,156 @@
+"""The text-driven editor on its own: a picture in, an edited picture out, no channel in between.
+
+    face [1, 3, S, S] --invert--> w --match the attribute (Eqs. 10, 11)--> w' --draw--> face'
+
+It is the transmitter of Editable-DeepSC without its channel encoder, the part that the paper gives
+to Talk-to-Edit in its baselines. Schemes of kind M1 run it on what was received, schemes of kind M2
+on what is going to be sent.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from shared.attributes import Edit
+from shared.bundle import Bundle
+from shared.errors import Cancelled, InvalidRequest
+from transmitter.editing import Quality, match
+from transmitter.inversion import invert
+from transmitter.pipeline import INVERSION_STEPS, Transmitter
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class Degrees:
+    """What the predictor saw, degrees 0..5 of the five attributes.
+
+    before: in the rendering before the edit; None where nothing was edited. expected: asked of the
+    edited attribute (Eq. 10). after: in the picture that came out. reached: whether it shows
+    `expected`. match_steps: steps of the walk.
+    """
+
+    after: tuple[int, ...]
+    before: tuple[int, ...] | None = None
+    expected: int | None = None
+    reached: bool | None = None
+    match_steps: int = 0
+
+
+@dataclass
+class Watch:
+    """Times stages in milliseconds, tells of them as they begin, stops between them when asked.
+
+    `cancelled()` true raises Cancelled at the next stage.
+    """
+
+    cancelled: Callable[[], bool] | None = None
+    progress: Progress | None = None
+    timings_ms: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        if self.cancelled is not None and self.cancelled():
+            raise Cancelled(f"dropped before {stage}: the caller is gone")
+        if self.progress is not None:
+            self.progress(stage, 0.0)
+        started = time.perf_counter()
+        yield
+        spent = 1000 * (time.perf_counter() - started)
+        self.timings_ms[stage] = self.timings_ms.get(stage, 0.0) + spent
+
+    def within(self, stage: str) -> Callable[[float], None] | None:
+        """For a stage that can tell how far it is, 0..1."""
+        progress = self.progress
+        return None if progress is None else lambda done: progress(stage, done)
+
+
+class Editor:
+    """Inference only. Shares the networks of a transmitter, so both may serve one process."""
+
+    def __init__(self, transmitter: Transmitter) -> None:
+        self.transmitter = transmitter
+
+    @classmethod
+    def from_bundle(cls, bundle: Bundle, device: torch.device | str = "cpu") -> "Editor":
+        """The bundle's nets. Raises BundleError where one is missing or broken."""
+        return cls(Transmitter.from_bundle(bundle, device))
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square pictures, px."""
+        return self.transmitter.image_size
+
+    def latent(
+        self, face: Tensor, edit: Edit | None, quality: Quality, watch: Watch | None = None
+    ) -> tuple[Tensor, Degrees | None]:
+        """The latent w [1, 512] of the edited face, and what the walk saw; stages invert, edit.
+
+        face: [1, 3, S, S] in [-1, 1]. edit: None inverts only, and the degrees are None.
+        """
+        watch = watch or Watch()
+        if quality not in INVERSION_STEPS:
+            raise InvalidRequest(
+                f"quality is {quality!r}; expected one of {', '.join(INVERSION_STEPS)}"
+            )
+        nets = self.transmitter
+        with watch("invert"):
+            w = invert(
+                face.to(nets.device),
+                nets.encoder,
+                nets.generator,
+                nets.predictor,
+                INVERSION_STEPS[quality],
+                cancelled=watch.cancelled,
+            )
+        if edit is None:
+            return w, None
+        with watch("edit"):
+            found = match(
+                w,
+                edit,
+                generator=nets.generator,
+                fields=nets.fields,
+                predictor=nets.predictor,
+                limits=quality,
+                cancelled=watch.cancelled,
+                progress=watch.within("edit"),
+            )
+        return found.w, Degrees(
+            after=_plain(found.after),
+            before=_plain(found.before),
+            expected=found.expected,
+            reached=found.reached,
+            match_steps=found.steps,
+        )
+
+    @torch.no_grad()
+    def draw(self, w: Tensor, watch: Watch | None = None) -> Tensor:
+        """w [1, 512] -> the generator's picture [1, 3, S, S] in [-1, 1]; stage draw."""
+        with (watch or Watch())("draw"):
+            image: Tensor = self.transmitter.generator.synthesis(w).float().clamp(-1, 1)
+        return image.cpu()
+
+    @torch.no_grad()
+    def degrees(self, image: Tensor) -> tuple[int, ...]:
+        """Degrees 0..5 of the five attributes that the predictor sees in image [1, 3, S, S]."""
+        nets = self.transmitter
+        return _plain(nets.predictor.degrees(image.to(nets.device))[0])
+
+    def __call__(
+        self, face: Tensor, edit: Edit | None, quality: Quality, watch: Watch | None = None
+    ) -> tuple[Tensor, Degrees]:
+        """The edited picture [1, 3, S, S] in [-1, 1] and its degrees; without an edit, the face."""
+        if edit is None:
+            return face, Degrees(after=self.degrees(face))
+        w, degrees = self.latent(face, edit, quality, watch)
+        assert degrees is not None  # there was an edit
+        return self.draw(w, watch), degrees
+
+
+def _plain(found: Tensor) -> tuple[int, ...]:
+    return tuple(int(degree) for degree in found)
