@@ -14,6 +14,7 @@ from typing import Annotated, Any, Final, ParamSpec, TypeVar
 
 import typer
 
+from edsc.cluster import Engine
 from gateway.answer import (
     DEFAULT_K_DB,
     DEFAULT_SNR_DB,
@@ -206,11 +207,15 @@ def batch(
     url: Url = None,
     weights: Weights = None,
     device: Device = "cpu",
+    engine: Annotated[Engine, typer.Option(help="ray: spread over a cluster")] = Engine.LOCAL,
+    workers: Annotated[int | None, typer.Option(min=1, help="ray: edits at a time")] = None,
 ) -> None:
     """Run the edits of a CSV: a line of results.jsonl a job, in order, `error` where it failed."""
     from edsc.batch import run_batch
 
-    done, failed = run_batch(jobs, out, url=url, weights=weights, device=device)
+    done, failed = run_batch(
+        jobs, out, url=url, weights=weights, device=device, engine=engine, workers=workers
+    )
     typer.echo(f"{done} edits done, {failed} failed: {out / 'results.jsonl'}")
 
 
@@ -221,20 +226,32 @@ def up(
     baselines: Annotated[
         bool, typer.Option("--baselines", help="a fifth one, for the schemes compared with")
     ] = False,
+    replicas: Annotated[
+        str, typer.Option(help="ray: how many of which, e.g. transmitter=2,receiver=2")
+    ] = "",
+    engine: Annotated[
+        Engine, typer.Option(help="ray: the three services on a cluster, the gateway here")
+    ] = Engine.LOCAL,
     weights: Weights = None,
 ) -> None:
     """Start the four processes on this machine and serve until Ctrl-C."""
     from edsc.up import Interrupted, Stack, interruptible, print_log, watch
 
     try:
-        with (
-            interruptible(),
-            Stack(
+        with interruptible():
+            if engine is Engine.RAY:
+                if baselines:
+                    raise InvalidRequest("got --baselines with --engine ray, expected one of them")
+                from edsc.ray_up import up_on_ray
+
+                up_on_ray(_settings(weights), replicas, free_ports=free_ports)
+            if replicas:
+                raise InvalidRequest(f"replicas is {replicas!r}; expected --engine ray with it")
+            with Stack(
                 _settings(weights), free_ports=free_ports, baselines=baselines, log=print_log
-            ) as stack,
-        ):
-            typer.echo(f"the page is at {stack.url}  (Ctrl-C ends)")
-            watch(stack)
+            ) as stack:
+                typer.echo(f"the page is at {stack.url}  (Ctrl-C ends)")
+                watch(stack)
     except Interrupted:
         typer.echo("stopped", err=True)
 

@@ -62,9 +62,9 @@ def fan_out(
     answer.
     """
     if engine is Engine.LOCAL:
-        yield map
+        yield _here
         return
-    if not 1 <= (workers or 1) <= MOST_WORKERS or threads < 1:
+    if (workers is not None and not 1 <= workers <= MOST_WORKERS) or threads < 1:
         raise InvalidRequest(
             f"workers is {workers}, threads {threads}; expected 1..{MOST_WORKERS} and at least 1"
         )
@@ -73,6 +73,10 @@ def fan_out(
         if room < 1:
             raise Unavailable(f"no machine of the cluster has {threads} CPUs for a task")
         yield _RayMap(ray, min(workers or room, room), threads)
+
+
+def _here(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    return map(function, items)
 
 
 class _RayMap:
@@ -132,7 +136,11 @@ def connected(cpus: int) -> Iterator[ModuleType]:
         yield ray
         return
     address = os.environ.get("RAY_ADDRESS")
-    local: dict[str, Any] = {} if address else {"num_cpus": cpus, "include_dashboard": False}
+    local: dict[str, Any] = {}
+    if not address:
+        # Ray's workers give way to everything else (nice 15); here they are what it is all for.
+        niceness = {"worker_niceness": 0}
+        local = {"num_cpus": cpus, "include_dashboard": False, "_system_config": niceness}
     # A cluster started here runs this very code, also where another copy is installed.
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     variables = {"OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": os.pathsep.join(paths)}

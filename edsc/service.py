@@ -14,8 +14,6 @@ its metadata and the time it has left, and what comes back, errors too, goes out
 
 import asyncio
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,11 +23,9 @@ from typing import Any, Final, get_args
 
 import grpc
 import grpc.aio
-import httpx
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from edsc.cluster import ROOT, connected
-from edsc.up import print_log
+from edsc.cluster import connected
 from shared.errors import Busy, EdscError, Unavailable
 from shared.pb import edsc_pb2
 from shared.rpc import (
@@ -40,7 +36,7 @@ from shared.rpc import (
     open_aio_channel,
     wait_until_serving,
 )
-from shared.settings import MIB, ServiceName, Settings
+from shared.settings import MIB, Settings
 from shared.telemetry import logger
 
 SERVICES: Final[tuple[GrpcService, ...]] = get_args(GrpcService)
@@ -98,7 +94,7 @@ class Replica:
         self, method: str, body: bytes, metadata: Metadata, timeout_s: float | None
     ) -> Answer:
         """One call. Cancelled when the caller goes away, and then so is the work."""
-        call = self._to().unary_unary(method)
+        call: Any = self._to().unary_unary(method)
         try:
             return Answer(await call(body, timeout=timeout_s, metadata=metadata))
         except grpc.aio.AioRpcError as error:
@@ -108,7 +104,7 @@ class Replica:
         self, method: str, body: bytes, metadata: Metadata, timeout_s: float | None
     ) -> AsyncIterator[Answer]:
         """One call that is answered with a stream; a status other than OK comes last."""
-        call = self._to().unary_stream(method)
+        call: Any = self._to().unary_stream(method)
         try:
             async for part in call(body, timeout=timeout_s, metadata=metadata):
                 yield Answer(part)
@@ -224,7 +220,7 @@ class Front:
 
     async def _look(self) -> None:
         states = await asyncio.to_thread(self._states)
-        status = health_pb2.HealthCheckResponse.ServingStatus
+        status = health_pb2.HealthCheckResponse
         for service in SERVICES:
             serving = status.SERVING if states.get(service) else status.NOT_SERVING
             await self._health.set(FULL_NAMES[service], serving)
@@ -382,94 +378,3 @@ def _serving(serve: Any) -> dict[GrpcService, bool]:
         service: f"edsc-{service}" in found and found[f"edsc-{service}"].status == "RUNNING"
         for service in SERVICES
     }
-
-
-# ------------------------------------------------------------------------------------- the gateway
-
-
-class Gateway:
-    """`python -m gateway` in front of services that are elsewhere. Use as a context manager."""
-
-    def __init__(
-        self,
-        settings: Settings,
-        *,
-        free_port: bool = False,
-        log: Callable[[ServiceName, str], None] = print_log,
-    ) -> None:
-        self._settings, self._log = settings, log
-        self._port = 0 if free_port else settings.gateway_port
-        self.url = ""
-
-    def __enter__(self) -> "Gateway":
-        environment = {
-            key: value for key, value in os.environ.items() if key != "EDSC_METRICS_PORT"
-        }
-        for name, value in self._settings.model_dump(mode="json").items():
-            if value not in (None, ""):
-                environment[f"EDSC_{name.upper()}"] = str(value)
-            else:
-                environment.pop(f"EDSC_{name.upper()}", None)
-        self._process = subprocess.Popen(
-            [sys.executable, "-u", "-m", "gateway", "--port", str(self._port)],
-            cwd=ROOT,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
-        self._listening = threading.Event()
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-        try:
-            self._wait_ready()
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.terminate()
-        try:
-            self._process.wait(self._settings.drain_s + 5.0)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._reader.join(1.0)
-        assert self._process.stdout is not None
-        self._process.stdout.close()
-
-    def check(self) -> None:
-        """Raise Unavailable when the process has ended."""
-        if (status := self._process.poll()) is not None:
-            raise Unavailable(f"the gateway ended with status {status}")
-
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith("gateway listening on "):
-                host, _, port = line.split()[-1].rpartition(":")
-                host = "127.0.0.1" if host in ("0.0.0.0", "::", "[::]") else host
-                scheme = "https" if self._settings.tls_certificate else "http"
-                self.url = f"{scheme}://{host}:{port}"
-                self._listening.set()
-            self._log("gateway", line.rstrip("\n"))
-
-    def _wait_ready(self) -> None:
-        while not self._listening.wait(0.1):
-            self.check()
-        answer: object = None
-        with httpx.Client(base_url=self.url, timeout=5.0, verify=False) as client:
-            for _ in range(300):
-                self.check()
-                try:
-                    if (answer := client.get("/readyz")).status_code == 200:
-                        return
-                except httpx.HTTPError as error:
-                    answer = error
-                self._listening.clear()
-                self._listening.wait(0.1)
-        raise Unavailable(f"the gateway is not ready: {answer}")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import csv
 import io
 import json
 import math
+import os
+import subprocess
+import sys
 import xml.etree.ElementTree as ET
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -53,6 +57,7 @@ from gateway.answer import ChannelName, Order, Quality
 from shared.errors import InvalidRequest, Unavailable
 from shared.settings import Settings
 
+ROOT = Path(__file__).resolve().parent.parent
 PHOTO = Photo("face.png", b"not looked at")
 MIX = Mix((PHOTO,))
 
@@ -287,7 +292,7 @@ def test_quality_pairs_the_same_edit_with_itself() -> None:
 # ----------------------------------------------------------------------------- sending, in the open
 
 
-Handler = Callable[[httpx.Request], Awaitable[httpx.Response]]
+Handler = Callable[[httpx.Request], Coroutine[None, None, httpx.Response]]
 
 
 @contextmanager
@@ -536,3 +541,35 @@ def test_load_on_four_real_processes(random_bundle: Path, tmp_path: Path) -> Non
 def test_most_limits_are_where_they_are_said_to_be() -> None:
     assert LoadOptions(MIX, rates=(evaluation.load.MOST_RATE,)).rates == (1000.0,)
     assert LoadOptions(MIX, seconds=evaluation.load.MOST_SECONDS).seconds == 3600.0
+
+
+def locust(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Locust on our file, without its page."""
+    pytest.importorskip("gevent", reason="Locust is not installed: pip install '.[load]'")
+    file = str(ROOT / "evaluation" / "locustfile.py")
+    return subprocess.run(
+        [sys.executable, "-m", "locust", "-f", file, "--headless", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # importing gevent here is only to ask whether it is there
+def test_locust_sends_the_same_mix(random_bundle: Path, tmp_path: Path) -> None:
+    refused = locust("-H", "http://example.com", "-u", "1", "-t", "2s", "--photos", str(tmp_path))
+    assert refused.returncode == 2
+    assert "--allow-host" in refused.stdout
+    (tmp_path / "a.png").write_bytes(encoded(48))
+    settings = Settings(weights=random_bundle, threads=1, log_level="warning")
+    options = ("-u", "2", "-r", "2", "-t", "8s", "--photos", str(tmp_path), "--no-align")
+    with Stack(settings, free_ports=True) as stack:
+        done = locust("-H", stack.url, *options, "--csv", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    with (tmp_path / "run_stats.csv").open() as file:
+        total = {row["Name"]: row for row in csv.DictReader(file)}["edit, fast"]
+    assert int(total["Request Count"]) >= 4
+    assert int(total["Failure Count"]) == 0
