@@ -12,7 +12,7 @@ from math import ceil, floor, log10
 from pathlib import Path
 from typing import Final
 
-from evaluation.load import SAME_DB, LoadReport, Outcome, Step
+from evaluation.outcomes import SAME_DB, LoadReport, Outcome, Step
 
 # Told apart also by most who see colours otherwise (Okabe and Ito), and by their marks' order.
 COLOURS: Final = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8a8a00")

@@ -11,7 +11,6 @@ import os
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
-from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,37 +21,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scipy import stats
 from typer.testing import CliRunner
 
 import evaluation.load
 from edsc.cli import app
 from edsc.up import Stack
-from evaluation.arrivals import (
-    Arrival,
-    Job,
-    Mix,
-    Photo,
-    by_snr,
-    check_target,
-    plan,
-    poisson_times,
-    read_photos,
-    read_sentences,
-)
-from evaluation.load import (
-    LoadOptions,
-    LoadReport,
-    Outcome,
-    percentiles,
-    psnr_db,
-    quality_by_snr,
-    run_load,
-    run_step,
-    summarise,
-)
+from evaluation.arrivals import Arrival, Job, Mix, Photo, plan, read_photos
+from evaluation.load import LoadOptions, psnr_db, run_load, run_step
 from evaluation.load_report import STYLE, Plot, Series, html, write_report
 from evaluation.metrics import psnr_db as torch_psnr_db
+from evaluation.outcomes import LoadReport, Outcome, percentiles, quality_by_snr, summarise
 from gateway.answer import ChannelName, Order, Quality
 from shared.errors import InvalidRequest, Unavailable
 from shared.settings import Settings
@@ -62,89 +40,7 @@ PHOTO = Photo("face.png", b"not looked at")
 MIX = Mix((PHOTO,))
 
 
-# ------------------------------------------------------------------------------------ the arrivals
-
-
-def test_counts_are_poisson() -> None:
-    """Mean and variance of the count are both rate * seconds (an equidispersed process)."""
-    rate, seconds, runs = 4.0, 5.0, 2000
-    counts = np.array(
-        [len(poisson_times(rate, seconds, np.random.default_rng(seed))) for seed in range(runs)]
-    )
-    mean = rate * seconds
-    # Five standard errors: of a mean sqrt(m / N), of a Poisson variance sqrt((2 m^2 + m) / N).
-    assert abs(counts.mean() - mean) < 5 * math.sqrt(mean / runs)
-    assert abs(counts.var(ddof=1) - mean) < 5 * math.sqrt((2 * mean**2 + mean) / runs)
-
-
-def test_gaps_are_exponential_and_without_memory() -> None:
-    rate = 50.0
-    times = poisson_times(rate, 200.0, np.random.default_rng(5))
-    gaps = np.diff(times)
-    assert (gaps > 0.0).all()
-    assert stats.kstest(gaps, "expon", args=(0.0, 1.0 / rate)).pvalue > 0.001
-    assert abs(np.corrcoef(gaps[:-1], gaps[1:])[0, 1]) < 5 / math.sqrt(len(gaps))
-
-
-def test_counts_in_separate_halves_are_independent() -> None:
-    halves = []
-    for seed in range(2000):
-        times = poisson_times(3.0, 4.0, np.random.default_rng(seed))
-        halves.append(((times < 2.0).sum(), (times >= 2.0).sum()))
-    first, second = np.array(halves).T
-    assert abs(np.corrcoef(first, second)[0, 1]) < 5 / math.sqrt(len(halves))
-
-
-def test_arrivals_come_from_their_seed() -> None:
-    one = plan(MIX, 5.0, 10.0, most=1000, seed=3)
-    assert one == plan(MIX, 5.0, 10.0, most=1000, seed=3)
-    assert one != plan(MIX, 5.0, 10.0, most=1000, seed=4)
-    # The same edits, whatever the rate.
-    faster = plan(MIX, 10.0, 10.0, most=len(one), seed=3)
-    assert [a.job for a in faster] == [a.job for a in one]
-    assert all(0.0 <= a.at_s < 10.0 for a in one)
-    assert [a.at_s for a in one] == sorted(a.at_s for a in one)
-
-
-def test_arrivals_are_bounded_in_count() -> None:
-    assert len(plan(MIX, 100.0, 10.0, most=7, seed=0)) == 7
-
-
-def test_every_choice_is_equally_likely() -> None:
-    mix = Mix((PHOTO, Photo("b", b"")), ("-", "add bangs"), (0.0, 6.0, 12.0))
-    random = np.random.default_rng(1)
-    orders = [mix.draw(random).order for _ in range(6000)]
-    for of in (lambda o: o.instruction, lambda o: o.snr_db, lambda o: o.channel):
-        assert stats.chisquare(list(Counter(map(of, orders)).values())).pvalue > 0.001
-    assert len({order.seed for order in orders}) > 5990
-
-
-def test_a_slow_rate_may_bring_nobody() -> None:
-    assert len(poisson_times(0.001, 0.1, np.random.default_rng(0))) == 0
-    for rate, seconds in ((0.0, 1.0), (1.0, 0.0), (-1.0, 1.0), (math.nan, 1.0)):
-        with pytest.raises(InvalidRequest, match="above 0"):
-            poisson_times(rate, seconds, np.random.default_rng(0))
-
-
-def test_a_mix_needs_something_to_choose_from(tmp_path: Path) -> None:
-    with pytest.raises(InvalidRequest, match="photos is empty"):
-        Mix(())
-    with pytest.raises(InvalidRequest, match="99"):
-        Mix((PHOTO,), snrs_db=(99.0,))
-    with pytest.raises(InvalidRequest, match="no photographs"):
-        read_photos(tmp_path)
-    (tmp_path / "b.JPG").write_bytes(b"b")
-    (tmp_path / "a.png").write_bytes(b"a")
-    (tmp_path / "notes.txt").write_text("add bangs\n\n less beard \n")
-    assert [p.name for p in read_photos(tmp_path)] == ["a.png", "b.JPG"]
-    assert read_sentences(tmp_path / "notes.txt") == ("add bangs", "less beard")
-
-
-@pytest.mark.parametrize(
-    "url", ["http://127.0.0.1:8000", "http://localhost:1", "https://[::1]:8000", "http://127.9.9.9"]
-)
-def test_this_machine_may_be_loaded(url: str) -> None:
-    check_target(url, ())
+# ------------------------------------------------------------------------------------ the options
 
 
 @pytest.mark.parametrize(
@@ -180,14 +76,6 @@ def test_a_url_is_a_url(url: str) -> None:
 def test_load_is_bounded(wrong: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequest, match="expected"):
         LoadOptions(MIX, **wrong)
-
-
-def test_the_baseline_takes_every_snr_in_turn() -> None:
-    jobs = [Job(PHOTO, Order("-", snr_db=snr)) for snr in (0.0,) * 10 + (6.0,) * 2 + (12.0,)]
-    taken = [job.order.snr_db for job in by_snr(jobs, 6)]
-    assert taken == [0.0, 6.0, 12.0, 0.0, 6.0, 0.0]
-    assert by_snr([], 5) == []
-    assert len(by_snr(jobs, 100)) == len(jobs)
 
 
 # --------------------------------------------------------------------------------- the accounting
@@ -508,7 +396,7 @@ def test_load_on_four_real_processes(random_bundle: Path, tmp_path: Path) -> Non
     photos.mkdir()
     for size in (48, 64):
         (photos / f"{size}.png").write_bytes(encoded(size))
-    settings = Settings(weights=random_bundle, threads=1, queue_size=2, log_level="warning")
+    settings = Settings(weights=random_bundle, threads=1, queue_size=8, log_level="warning")
     mix = Mix(
         read_photos(photos),
         ("-", "add bangs"),
@@ -517,7 +405,7 @@ def test_load_on_four_real_processes(random_bundle: Path, tmp_path: Path) -> Non
     )
     news: list[str] = []
     with Stack(settings, free_ports=True) as stack:
-        options = LoadOptions(mix, url=stack.url, rates=(3.0, 120.0), seconds=4.0, baseline=10)
+        options = LoadOptions(mix, url=stack.url, rates=(1.0, 120.0), seconds=5.0, baseline=10)
         report = run_load(options, news.append)
     calm, storm = report.steps
     assert len(news) == 2
