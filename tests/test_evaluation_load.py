@@ -396,7 +396,7 @@ def test_load_on_four_real_processes(random_bundle: Path, tmp_path: Path) -> Non
     photos.mkdir()
     for size in (48, 64):
         (photos / f"{size}.png").write_bytes(encoded(size))
-    settings = Settings(weights=random_bundle, threads=1, queue_size=8, log_level="warning")
+    settings = Settings(weights=random_bundle, threads=1, queue_size=4, log_level="warning")
     mix = Mix(
         read_photos(photos),
         ("-", "add bangs"),
@@ -405,7 +405,9 @@ def test_load_on_four_real_processes(random_bundle: Path, tmp_path: Path) -> Non
     )
     news: list[str] = []
     with Stack(settings, free_ports=True) as stack:
-        options = LoadOptions(mix, url=stack.url, rates=(1.0, 120.0), seconds=5.0, baseline=10)
+        options = LoadOptions(
+            mix, url=stack.url, rates=(1.0, 40.0), seconds=4.0, timeout_s=200.0, baseline=10
+        )
         report = run_load(options, news.append)
     calm, storm = report.steps
     assert len(news) == 2
