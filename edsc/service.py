@@ -19,7 +19,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Final, get_args
+from typing import Any, Final
 
 import grpc
 import grpc.aio
@@ -39,7 +39,8 @@ from shared.rpc import (
 from shared.settings import MIB, Settings
 from shared.telemetry import logger
 
-SERVICES: Final[tuple[GrpcService, ...]] = get_args(GrpcService)
+# The schemes compared with are not among them: their process is for evaluation.
+SERVICES: Final[tuple[GrpcService, ...]] = tuple(FULL_NAMES)
 # CPUs that Serve sets aside for a replica. The channel hardly computes.
 CPUS: Final[Mapping[GrpcService, float]] = {"transmitter": 1.0, "channel": 0.1, "receiver": 0.5}
 START_S: Final = 300.0  # weights on every machine, from a cold disk
