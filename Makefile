@@ -13,10 +13,10 @@ PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup check format test test-slow demo bench proto clean
+.PHONY: help setup check format test test-slow demo bench compose-test proto clean
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY) ## make .venv with the exact versions of constraints.txt
 
@@ -51,6 +51,9 @@ demo: $(READY) ## start the four processes, edit a sample, keep serving (ONCE=1:
 
 bench: $(READY) ## time edits through the four processes (ARGS="--edits 20")
 	$(BIN)/python -m evaluation.bench $(ARGS)
+
+compose-test: $(READY) ## docker-compose.yml for real, with podman and podman-compose
+	$(PYTEST) -m slow tests/test_edsc_compose.py $(ARGS)
 
 proto: $(READY) ## generate shared/pb from proto/edsc.proto
 	$(BIN)/python -m grpc_tools.protoc -Ishared/pb=proto --python_out=. --pyi_out=. \
