@@ -95,6 +95,14 @@ class Metrics:
         self._rejected = Counter(
             "edsc_rejected", "Requests turned away.", ["service", "reason"], registry=self.registry
         )
+        self._edits = Counter(
+            "edsc_edits", "Edits that ended, by how.", ["service", "outcome"],
+            registry=self.registry,
+        )  # fmt: skip
+        self._kept = Gauge(
+            "edsc_edits_kept", "Edits in the store, by state.", ["service", "state"],
+            registry=self.registry,
+        )  # fmt: skip
         self.in_flight = Gauge(
             "edsc_in_flight", "Requests under way.", ["service"], registry=self.registry
         ).labels(service)
@@ -114,6 +122,14 @@ class Metrics:
     def rejected(self, reason: str) -> None:
         """Count one request turned away; reason is a kind of error or "queue_full"."""
         self._rejected.labels(self.service, reason).inc()
+
+    def edited(self, outcome: str) -> None:
+        """Count one edit that ended: done, failed or rejected."""
+        self._edits.labels(self.service, outcome).inc()
+
+    def kept(self, state: str, count: int) -> None:
+        """Say how many edits the store has in a state."""
+        self._kept.labels(self.service, state).set(count)
 
     def stages(self, timings_ms: Mapping[str, float]) -> None:
         """Record the duration of every stage, given in milliseconds."""
