@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, ParamSpec, Self, TypeVar
+from typing import Any, Final, ParamSpec, Self, TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -63,6 +63,30 @@ def state_folder(settings: Settings) -> Path:
     raise Unavailable(f"neither {home} nor {tempfile.gettempdir()} can be written; set EDSC_STATE")
 
 
+def _filesystem(url: str) -> tuple[Any, str]:
+    """An fsspec filesystem and a path in it; the object stores that fsspec has no driver for here
+    are obstore's (s3, gs, az)."""
+    protocol = url.partition("://")[0] if "://" in url else "file"
+    try:
+        fs, root = fsspec.core.url_to_fs(url)
+        return fs, str(root)
+    except (ImportError, ValueError) as error:
+        missing = error
+    try:
+        from obstore.fsspec import SUPPORTED_PROTOCOLS, register
+
+        if protocol in SUPPORTED_PROTOCOLS:
+            register(protocol)
+            fs, root = fsspec.core.url_to_fs(url)
+            return fs, str(root)
+    except (ImportError, ValueError) as error:
+        missing = error
+    raise InvalidRequest(
+        f"pictures cannot be kept at {protocol}://: {missing}; expected a folder, or for S3 and the"
+        ' like pip install ".[s3]"'
+    )
+
+
 class Files:
     """Bytes by edit and name, under an fsspec URL: a folder, "s3://bucket/prefix", "memory://".
 
@@ -71,20 +95,7 @@ class Files:
     """
 
     def __init__(self, url: str) -> None:
-        protocol = url.partition("://")[0] if "://" in url else "file"
-        try:
-            self._fs, self._root = fsspec.core.url_to_fs(url)
-        except (ImportError, ValueError):
-            try:
-                from obstore.fsspec import register
-
-                register(protocol)
-                self._fs, self._root = fsspec.core.url_to_fs(url)
-            except (ImportError, ValueError) as error:
-                raise InvalidRequest(
-                    f"pictures cannot be kept at {protocol}://: {error}; for S3 and the like"
-                    ' pip install ".[s3]"'
-                ) from None
+        self._fs, self._root = _filesystem(url)
         self._local = isinstance(self._fs, LocalFileSystem)
         if self._local:
             Path(self._root).mkdir(mode=0o700, parents=True, exist_ok=True)
