@@ -194,9 +194,9 @@ class Edge:
                     await answer(scope, receive, send_on)
                 else:
                     await self.app(scope, self._limited(scope, receive), send_on)
-        except Exception as error:
+        except Exception:
             # Starlette's own last resort has run by now: it has answered, and raises for the log.
-            logger().error("failed", error=repr(error), exc_info=True)
+            logger().exception("failed", **known)
             if not started:
                 body = problem("InternalError", 500, "The log has more.", request_id)
                 await problem_response(body)(scope, receive, send_on)

@@ -21,6 +21,7 @@ from PIL import Image, PngImagePlugin
 from gateway.answer import EditAnswer
 from gateway.app import create_app
 from gateway.link import Link
+from gateway.marking import texts_of
 from gateway.store import EditStore, Files
 from shared.rpc import FULL_NAMES, Server
 from shared.settings import Settings
@@ -159,7 +160,7 @@ def test_returned_pictures_say_what_they_are(client: TestClient) -> None:
         assert isinstance(image, PngImagePlugin.PngImageFile)
         assert "generative model" in image.text["Description"]
         assert digest in image.text["Source"]
-    facts = json.loads(Image.open(io.BytesIO(client.get(edit["images"]["sent"]).content)).text["edsc"])  # type: ignore[attr-defined]  # fmt: skip
+    facts = json.loads(texts_of(client.get(edit["images"]["sent"]).content)["edsc"])
     assert (facts["snr_db"], facts["edit"]["attribute"]) == (-3.0, edit["edit"]["attribute"])
 
 
@@ -252,7 +253,7 @@ def test_an_accepted_edit_survives_kill_9(
 
 
 def test_logs_have_the_request_and_not_what_was_in_it(
-    services: Settings, capfd: pytest.CaptureFixture[str]
+    services: Settings, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every line of gateway and services, over all that can happen to a request."""
     configure_logging("all", "info")
@@ -273,6 +274,13 @@ def test_logs_have_the_request_and_not_what_was_in_it(
             client.post("/v1/instructions", json={"text": "Theodor \U0001f600"}, headers=mine)
             client.get("/v1/edits/Theodor", headers=mine)
             client.delete(later.headers["location"], headers=mine)
+
+            async def bug(*_: object, **__: object) -> None:
+                raise KeyError(SENTENCE)
+
+            monkeypatch.setattr(Link, "read", bug)
+            broken = client.post("/v1/instructions", json={"text": SENTENCE}, headers=mine)
+            assert broken.status_code == 500
     finally:
         structlog.contextvars.clear_contextvars()
         structlog.reset_defaults()
@@ -284,5 +292,5 @@ def test_logs_have_the_request_and_not_what_was_in_it(
         assert line["level"] in ("info", "warning", "error")
     assert "mine-7" in {line["request_id"] for line in lines}
     assert {line["event"] for line in lines} >= {"served", "answered", "refused"}
-    for word in ("Theodor", "fuller", "beard", "PNG", "\\x89", SENTENCE):
+    for word in ("Theodor", "fuller", "beard", "IHDR", "IDAT", "\\x89", SENTENCE):
         assert word not in text, next(line for line in lines if word in json.dumps(line))
