@@ -45,10 +45,14 @@ from shared.errors import (
 from shared.settings import MIB, Settings
 from shared.telemetry import Metrics, configure_logging, logger
 from shared.tracing import Tracing, trace_id_of
-from shared.transport import client_credentials, interceptors, server_credentials
+from shared.transport import (
+    ERROR_KIND_KEY,
+    Decoding,
+    client_credentials,
+    interceptors,
+    server_credentials,
+)
 from shared.worker import REQUEST_ID_KEY, TRACEPARENT_KEY, Call, Worker, new_request_id
-
-ERROR_KIND_KEY: Final = "edsc-error-kind"
 
 __all__ = [
     "ERROR_KIND_KEY",
@@ -113,6 +117,7 @@ class Server:
         self.worker = Worker(settings.queue_size, self.metrics)
         self.grpc = grpc.server(
             ThreadPoolExecutor(settings.queue_size + 1 + _SPARE_THREADS, thread_name_prefix="rpc"),
+            interceptors=[Decoding()],
             options=[
                 ("grpc.max_receive_message_length", settings.max_message_mib * MIB),
                 ("grpc.max_send_message_length", settings.max_message_mib * MIB),

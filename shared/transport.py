@@ -10,18 +10,23 @@ nobody who shows no certificate of that CA, and a client talks to no server that
 name it was called by.
 """
 
+from __future__ import annotations
+
 import asyncio
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Final
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 
-from shared.errors import Unavailable
+from shared.errors import InvalidRequest, Unavailable
 from shared.settings import Settings
 from shared.tracing import Span, Tracing
 from shared.worker import REQUEST_ID_KEY, TRACEPARENT_KEY
 
+ERROR_KIND_KEY: Final = "edsc-error-kind"
 _UNTRACED: Final = ("/grpc.health.", "/grpc.reflection.")  # asked every few seconds, by machines
 
 
@@ -52,6 +57,58 @@ def client_credentials(settings: Settings) -> grpc.ChannelCredentials | None:
         settings.tls_key.read_bytes() if settings.tls_key else None,
         settings.tls_certificate.read_bytes() if settings.tls_certificate else None,
     )
+
+
+@dataclass(frozen=True)
+class _Undecodable:
+    """Stands for a request whose bytes are no message of the contract."""
+
+    reason: str
+
+
+class Decoding(grpc.ServerInterceptor):
+    """Answers bytes that are no message with INVALID_ARGUMENT.
+
+    gRPC itself would say INTERNAL, as if it were our fault, and log the traceback.
+    """
+
+    def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], grpc.RpcMethodHandler[Any, Any] | None],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        """The handler of a call, with a decoder that does not raise."""
+        handler = continuation(handler_call_details)
+        if handler is None or handler.request_streaming or handler.request_deserializer is None:
+            return handler
+        decode = handler.request_deserializer
+
+        def decoded(data: bytes) -> Any:
+            try:
+                return decode(data)
+            except DecodeError as error:
+                return _Undecodable(str(error))
+
+        def checked(behaviour: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+            def handle(request: Any, context: grpc.ServicerContext) -> Any:
+                if isinstance(request, _Undecodable):
+                    context.set_trailing_metadata(((ERROR_KIND_KEY, InvalidRequest.__name__),))
+                    context.abort(
+                        grpc.StatusCode.INVALID_ARGUMENT,
+                        f"the request cannot be decoded: {request.reason}; expected a message of"
+                        f" {handler_call_details.method}",
+                    )
+                return behaviour(request, context)
+
+            return handle
+
+        if handler.response_streaming:
+            return grpc.unary_stream_rpc_method_handler(
+                checked(handler.unary_stream), decoded, handler.response_serializer
+            )
+        return grpc.unary_unary_rpc_method_handler(
+            checked(handler.unary_unary), decoded, handler.response_serializer
+        )
 
 
 def interceptors(tracing: Tracing) -> list[grpc.aio.ClientInterceptor]:
