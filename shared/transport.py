@@ -89,7 +89,9 @@ class Decoding(grpc.ServerInterceptor):
             except DecodeError as error:
                 return _Undecodable(str(error))
 
-        def checked(behaviour: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+        def checked(behaviour: Callable[[Any, Any], Any] | None) -> Callable[[Any, Any], Any]:
+            assert behaviour is not None  # a handler has the one that its kind says
+
             def handle(request: Any, context: grpc.ServicerContext) -> Any:
                 if isinstance(request, _Undecodable):
                     context.set_trailing_metadata(((ERROR_KIND_KEY, InvalidRequest.__name__),))

@@ -48,7 +48,7 @@ def resident_mib(pid: int) -> float:
 
 def ask(url: str, examples: int) -> int:
     """`examples` requests to every operation, valid and not; gives how many there were."""
-    schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
+    schema: Any = schemathesis.openapi.from_url(f"{url}/openapi.json")
     photo = png()
     asked = 0
     for found in schema.get_all_operations():

@@ -13,7 +13,8 @@ from fastapi.testclient import TestClient
 from gateway.app import create_app
 from gateway.keys import MOST_CALLERS, Key, Keyring, RateLimit
 from shared.errors import InvalidRequest
-from tests.test_gateway_desk import PHOTO, HeldLink
+from tests.test_gateway_desk import HeldLink
+from tests.test_gateway_store import PHOTO
 
 ALICE, BOB = "alice-" + "a" * 20, "bob-" + "b" * 20
 

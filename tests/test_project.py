@@ -150,7 +150,8 @@ def _known_metrics() -> dict[str, set[str]]:
     """Every series name that a process can show, with its labels."""
     known: dict[str, set[str]] = {}
     endings = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}
-    for collector, names in Metrics("gateway").registry._collector_to_names.items():
+    collectors: dict[Any, Any] = dict(Metrics("gateway").registry._collector_to_names)
+    for collector, names in collectors.items():
         labels = set(getattr(collector, "_labelnames", ()))
         (family,) = collector.describe()
         for ending in endings[family.type]:

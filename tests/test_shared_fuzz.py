@@ -133,7 +133,7 @@ def harm(services: Settings, method: str, examples: int) -> None:
     )
     service: Any = method.split("/")[1].rpartition(".")[2].lower()
     with grpc.insecure_channel(services.target(service)) as channel:
-        call = channel.unary_unary(method)  # no codec: bytes go and come as they are
+        call: Any = channel.unary_unary(method)  # no codec: bytes go and come as they are
 
         @given(data=requests)
         @settings(
@@ -169,7 +169,7 @@ def test_thousands_of_harmful_messages_are_refused(services: Settings, method: s
 
 def test_bytes_that_are_no_message_are_the_callers_fault(services: Settings) -> None:
     with grpc.insecure_channel(services.channel_target) as channel:
-        call = channel.unary_unary("/edsc.v1.Channel/Propagate")
+        call: Any = channel.unary_unary("/edsc.v1.Channel/Propagate")
         with pytest.raises(grpc.RpcError) as raised:
             call(b"\xff\xff\xff", timeout=5.0)
     assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
@@ -186,11 +186,12 @@ def test_the_border_raises_only_what_callers_are_told(
         edit.MergeFromString(data)
     except Exception:
         edit = edsc_pb2.Edit(attribute=data.decode("latin-1"))
-    for read, message in (
+    borders: list[tuple[Callable[[Any], object], Any]] = [
         (frame_from_wire, frame),
         (reception_from_wire, reception),
         (edit_from_wire, edit),
-    ):
+    ]
+    for read, message in borders:
         try:
             read(message)
         except EdscError:
