@@ -211,8 +211,17 @@ class Ledger:
         Raises Unavailable when nobody answers, Conflict for tables of another version.
         """
         ledger = cls(open_engine(url), holder)
-        with ledger._transaction() as connection:
-            if ledger.engine.dialect.name == "postgresql":
+        try:
+            ledger._prepare()
+        except BaseException:
+            ledger.close()
+            raise
+        return ledger
+
+    def _prepare(self) -> None:
+        """Make the tables where there are none, and check their version."""
+        with self._transaction() as connection:
+            if self.engine.dialect.name == "postgresql":
                 # Two gateways that start at once: one makes the tables, the other waits.
                 connection.execute(text("SELECT pg_advisory_xact_lock(5511702)"))
             _TABLES.create_all(connection)
@@ -221,7 +230,6 @@ class Ledger:
                 connection.execute(insert(_VERSION).values(version=SCHEMA))
             elif version != SCHEMA:
                 raise Conflict(f"the database has schema {version}; expected {SCHEMA}")
-        return ledger
 
     def close(self) -> None:
         """Hang up."""
