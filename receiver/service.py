@@ -65,7 +65,9 @@ class ReceiverService(edsc_pb2_grpc.ReceiverServicer):
             images = model.receiver(reception)  # [B, 3, H, W]
         with call.watch.stage("pictures"):
             pictures = [encode_png(images[i : i + 1]) for i in range(images.shape[0])]
-        reply = edsc_pb2.ReceiveReply(png=pictures, image_size=images.shape[-1])
+        reply = edsc_pb2.ReceiveReply(
+            png=pictures, image_size=images.shape[-1], digest=model.description.digest
+        )
         reply.timings_ms.update(call.watch.timings_ms())
         return reply
 

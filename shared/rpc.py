@@ -32,19 +32,27 @@ from shared.errors import (
     BundleError,
     Busy,
     Cancelled,
+    Conflict,
     DeadlineExceeded,
     EdscError,
     InvalidRequest,
     NotFound,
     PayloadTooLarge,
+    Unauthorized,
     Unavailable,
     by_kind,
 )
 from shared.settings import MIB, Settings
 from shared.telemetry import Metrics, configure_logging, logger
+from shared.tracing import Tracing, trace_id_of
+from shared.transport import (
+    ERROR_KIND_KEY,
+    Decoding,
+    client_credentials,
+    interceptors,
+    server_credentials,
+)
 from shared.worker import REQUEST_ID_KEY, TRACEPARENT_KEY, Call, Worker, new_request_id
-
-ERROR_KIND_KEY: Final = "edsc-error-kind"
 
 __all__ = [
     "ERROR_KIND_KEY",
@@ -95,16 +103,21 @@ _SPARE_THREADS = 8
 class Server:
     """The gRPC server of one process: health, reflection, limits, one worker. Not yet serving.
 
-    settings: limits and addresses. service: which process it is.
+    settings: limits and addresses. service: which process it is. tracing: makes a span of every
+    call; None: no spans.
     """
 
-    def __init__(self, settings: Settings, service: GrpcService) -> None:
+    def __init__(
+        self, settings: Settings, service: GrpcService, tracing: Tracing | None = None
+    ) -> None:
         self.settings = settings
+        self.tracing = tracing or Tracing.off()
         self.service: GrpcService = service
         self.metrics = Metrics(service)
         self.worker = Worker(settings.queue_size, self.metrics)
         self.grpc = grpc.server(
             ThreadPoolExecutor(settings.queue_size + 1 + _SPARE_THREADS, thread_name_prefix="rpc"),
+            interceptors=[Decoding()],
             options=[
                 ("grpc.max_receive_message_length", settings.max_message_mib * MIB),
                 ("grpc.max_send_message_length", settings.max_message_mib * MIB),
@@ -136,8 +149,8 @@ class Server:
         settings = self.settings
         address = f"{settings.host}:{settings.port(self.service)}"
         try:
-            if settings.tls_certificate and settings.tls_key:
-                port = self.grpc.add_secure_port(address, _server_credentials(settings))
+            if (credentials := server_credentials(settings)) is not None:
+                port = self.grpc.add_secure_port(address, credentials)
             else:
                 port = self.grpc.add_insecure_port(address)
         except RuntimeError as error:
@@ -222,7 +235,16 @@ def _answering(server: Server, method: str, context: grpc.ServicerContext) -> It
     metrics.in_flight.inc()
     context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))
     code = "OK"
-    with structlog.contextvars.bound_contextvars(request_id=call.request_id, method=method):
+    span = server.tracing.start(
+        f"{FULL_NAMES[server.service]}/{method}",
+        call.traceparent,
+        "server",
+        {"rpc.system": "grpc", "rpc.method": method, "edsc.request_id": call.request_id},
+    )
+    known = {"request_id": call.request_id, "method": method}
+    if trace_id := trace_id_of(span.traceparent):
+        known["trace_id"] = trace_id
+    with structlog.contextvars.bound_contextvars(**known):
         try:
             yield call
         except EdscError as error:
@@ -248,6 +270,9 @@ def _answering(server: Server, method: str, context: grpc.ServicerContext) -> It
             metrics.in_flight.dec()
             metrics.answered(method, code, elapsed_ms / 1000.0)
             metrics.stages(call.watch.stages_ms())
+            for stage, stage_ms in call.watch.stages_ms().items():
+                span.set(f"edsc.{stage}_ms", round(stage_ms, 3))
+            span.end(failed=None if code == "OK" else code)
             logger().info("answered", code=code, duration_ms=round(elapsed_ms, 2))
 
 
@@ -269,7 +294,8 @@ def serve(
     needs. That runs on the worker's thread, while health says NOT_SERVING.
     """
     configure_logging(service, settings.log_level)
-    server = Server(settings, service)
+    tracing = Tracing.from_environment(service)
+    server = Server(settings, service, tracing)
     load = register(server)
     stop = threading.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
@@ -293,13 +319,16 @@ def serve(
         logger().error("cannot start", reason=str(failure), exc_info=unexpected)
         print(f"the {service} cannot start: {failure}", file=sys.stderr)
         server.drain(0.0)
+        tracing.close()
         return 1
     if not stop.is_set():
         server.ready()
         print(f"{service} ready", flush=True)
         stop.wait()
     logger().info("draining", grace_s=settings.drain_s)
-    if not server.drain(settings.drain_s):
+    drained = server.drain(settings.drain_s)
+    tracing.close()
+    if not drained:
         # The worker is inside torch; an ordinary exit would wait for it or crash with it.
         sys.stdout.flush()
         os._exit(0)
@@ -353,17 +382,20 @@ def channel_options(settings: Settings, service: GrpcService) -> list[tuple[str,
 def open_channel(settings: Settings, service: GrpcService) -> grpc.Channel:
     """A blocking client's channel to `service`; connects when it is first used."""
     target, options = settings.target(service), channel_options(settings, service)
-    if settings.tls_ca is not None:
-        return grpc.secure_channel(target, _client_credentials(settings), options)
+    if (credentials := client_credentials(settings)) is not None:
+        return grpc.secure_channel(target, credentials, options)
     return grpc.insecure_channel(target, options)
 
 
-def open_aio_channel(settings: Settings, service: GrpcService) -> grpc.aio.Channel:
-    """The same for an asyncio client, to be made inside its event loop."""
+def open_aio_channel(
+    settings: Settings, service: GrpcService, tracing: Tracing | None = None
+) -> grpc.aio.Channel:
+    """The same for an asyncio client, made inside its event loop; `tracing` sees every call."""
     target, options = settings.target(service), channel_options(settings, service)
-    if settings.tls_ca is not None:
-        return grpc.aio.secure_channel(target, _client_credentials(settings), options)
-    return grpc.aio.insecure_channel(target, options)
+    watching = interceptors(tracing or Tracing.off())
+    if (credentials := client_credentials(settings)) is not None:
+        return grpc.aio.secure_channel(target, credentials, options, interceptors=watching)
+    return grpc.aio.insecure_channel(target, options, interceptors=watching)
 
 
 def error_from_rpc(error: grpc.RpcError, service: GrpcService) -> EdscError:
@@ -426,7 +458,9 @@ _KIND_OF_CODE: Final[dict[str, type[EdscError]]] = {
     kind.grpc_code: kind
     for kind in (
         InvalidRequest,
+        Unauthorized,
         NotFound,
+        Conflict,
         Busy,
         Cancelled,
         Unavailable,
@@ -434,21 +468,3 @@ _KIND_OF_CODE: Final[dict[str, type[EdscError]]] = {
         BundleError,
     )
 }
-
-
-def _server_credentials(settings: Settings) -> grpc.ServerCredentials:
-    assert settings.tls_key is not None
-    assert settings.tls_certificate is not None
-    pair = (settings.tls_key.read_bytes(), settings.tls_certificate.read_bytes())
-    authority = settings.tls_ca.read_bytes() if settings.tls_ca else None
-    return grpc.ssl_server_credentials([pair], authority, authority is not None)
-
-
-def _client_credentials(settings: Settings) -> grpc.ChannelCredentials:
-    assert settings.tls_ca is not None
-    own = settings.tls_key and settings.tls_certificate
-    return grpc.ssl_channel_credentials(
-        settings.tls_ca.read_bytes(),
-        settings.tls_key.read_bytes() if own and settings.tls_key else None,
-        settings.tls_certificate.read_bytes() if own and settings.tls_certificate else None,
-    )
