@@ -23,7 +23,9 @@ RUN pip install --no-deps --editable .
 
 FROM python:3.11-slim
 
-RUN useradd --system --uid 10001 --no-create-home --shell /usr/sbin/nologin edsc
+# /var/lib/edsc is the gateway's state: a volume mounted there starts with this owner.
+RUN useradd --system --uid 10001 --no-create-home --shell /usr/sbin/nologin edsc \
+    && install -d -o 10001 -g 10001 -m 700 /var/lib/edsc
 COPY --from=build /opt/edsc /opt/edsc
 COPY --from=build /app /app
 
@@ -33,7 +35,7 @@ ENV PATH="/opt/edsc/bin:$PATH" \
 
 USER 10001
 WORKDIR /app
-# Nothing is written outside /tmp: the container runs with a read-only root and a tmpfs there.
+# Nothing is written outside /tmp and the gateway's /var/lib/edsc: the root is read-only.
 EXPOSE 8000 50051 50052 50053
 STOPSIGNAL SIGTERM
 CMD ["python", "-m", "gateway"]

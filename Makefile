@@ -13,7 +13,7 @@ PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup check format test test-slow demo bench bench-service proto clean
+.PHONY: help setup check format test test-slow demo bench bench-service compose-test proto clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ bench: $(READY) ## time edits through the four processes (ARGS="--edits 20")
 
 bench-service: $(READY) ## load, overload, faults: goodput and failures as ratios (ARGS="--only batching")
 	$(BIN)/python -m evaluation.bench_service $(ARGS)
+
+compose-test: $(READY) ## docker-compose.yml for real, with podman and podman-compose
+	$(PYTEST) -m slow tests/test_edsc_compose.py $(ARGS)
 
 proto: $(READY) ## generate shared/pb from proto/edsc.proto
 	$(BIN)/python -m grpc_tools.protoc -Ishared/pb=proto --python_out=. --pyi_out=. \

@@ -8,12 +8,16 @@ unless its path is absolute. A job that fails does not stop the others.
 import csv
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Final
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from edsc.runner import Runner, runner
+from edsc.cluster import Engine, fan_out
+from edsc.runner import InProcess, Runner, runner
 from gateway.answer import (
     DEFAULT_K_DB,
     DEFAULT_SNR_DB,
@@ -29,6 +33,7 @@ from gateway.answer import (
     Order,
     Quality,
 )
+from gateway.store import StoredEdit
 from shared.errors import EdscError, InvalidRequest
 from shared.schemes import Scheme
 
@@ -71,6 +76,27 @@ class Job(BaseModel):
         return Order(**fields)
 
 
+@dataclass(frozen=True)
+class _Work:
+    """A row, read: its job and photo, or why there is none. Travels to whoever makes the edit."""
+
+    name: str
+    row: Mapping[str, str]
+    job: Job | None = None
+    photo: bytes = b""
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class _Result:
+    """What became of a row."""
+
+    name: str
+    row: Mapping[str, str]
+    edit: StoredEdit | None = None
+    error: str = ""
+
+
 def run_batch(
     jobs: Path,
     out: Path,
@@ -78,22 +104,31 @@ def run_batch(
     url: str | None = None,
     weights: Path | None = None,
     device: str = "cpu",
+    engine: Engine = Engine.LOCAL,
+    workers: int | None = None,
 ) -> tuple[int, int]:
     """Run every job of `jobs` and write `out`/results.jsonl; gives (done, failed).
 
-    Raises InvalidRequest for a CSV without the columns wanted, before anything is computed.
+    engine: RAY spreads the edits over a cluster, `workers` at a time; photos are read and results
+    written here. Raises InvalidRequest for a CSV without the columns wanted, before anything is
+    computed, and Unavailable without a gateway or a cluster that was asked for.
     """
+    if url is not None and engine is not Engine.LOCAL:
+        raise InvalidRequest(f"url is {url} and engine {engine.value}; expected one or the other")
     rows = list(_rows(jobs))
     out.mkdir(parents=True, exist_ok=True)
     failed = 0
-    with (
-        runner(url, weights, device) as work,
-        (out / "results.jsonl").open("w", encoding="utf-8") as results,
-    ):
-        for number, row in enumerate(rows, start=1):
-            result = _run_one(f"{number:04d}", row, jobs.parent, out, work)
-            failed += "error" in result
-            results.write(json.dumps(result, ensure_ascii=False) + "\n")
+    with ExitStack() as stack:
+        spread = stack.enter_context(fan_out(engine, workers=workers))
+        if engine is Engine.LOCAL:
+            work = partial(_run_one, stack.enter_context(runner(url, weights, device)))
+        else:
+            work = partial(_run_there, None if weights is None else weights.resolve(), device)
+        results = stack.enter_context((out / "results.jsonl").open("w", encoding="utf-8"))
+        for done in spread(work, _read(rows, jobs.parent)):
+            line = _line(done, out)
+            failed += "error" in line
+            results.write(json.dumps(line, ensure_ascii=False) + "\n")
             results.flush()  # a line is there as soon as its job is done
     return len(rows) - failed, failed
 
@@ -118,27 +153,49 @@ def _rows(jobs: Path) -> Iterator[dict[str, str]]:
             raise InvalidRequest(f"{jobs} is not a CSV in UTF-8: {error}") from None
 
 
-def _run_one(
-    name: str, row: Mapping[str, str], beside: Path, out: Path, work: Runner
-) -> dict[str, Any]:
-    """The line of one job: the REST answer's fields, or the row and its error."""
+def _read(rows: list[dict[str, str]], beside: Path) -> Iterator[_Work]:
+    for number, row in enumerate(rows, start=1):
+        name = f"{number:04d}"
+        try:
+            job = Job.model_validate({key: value for key, value in row.items() if value.strip()})
+            yield _Work(name, row, job, (beside / job.image).read_bytes())
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"])
+            yield _Work(name, row, error=f"{field}: {first['msg']}")
+        except OSError as error:
+            yield _Work(name, row, error=f"{error.filename}: {error.strerror}")
+
+
+def _run_one(work: Runner, wanted: _Work) -> _Result:
+    if wanted.job is None:
+        return _Result(wanted.name, wanted.row, error=wanted.error)
     try:
-        job = Job.model_validate({key: value for key, value in row.items() if value.strip()})
-        photo = (beside / job.image).read_bytes()
-        done = work.edit(name, photo, job.order())
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        return {"id": name, **row, "error": f"{field}: {first['msg']}"}
-    except OSError as error:
-        return {"id": name, **row, "error": f"{error.filename}: {error.strerror}"}
+        edit = work.edit(wanted.name, wanted.photo, wanted.job.order())
     except EdscError as error:
-        return {"id": name, **row, "error": str(error)}
-    folder = out / name
+        return _Result(wanted.name, wanted.row, error=str(error))
+    return _Result(wanted.name, wanted.row, edit)
+
+
+def _run_there(weights: Path | None, device: str, wanted: _Work) -> _Result:
+    """The same in a worker process of a cluster, which loads the weights once."""
+    return _run_one(_pipelines(weights, device), wanted)
+
+
+@lru_cache(maxsize=1)
+def _pipelines(weights: Path | None, device: str) -> InProcess:
+    return InProcess(weights, device)
+
+
+def _line(done: _Result, out: Path) -> dict[str, Any]:
+    """The line of one job: the REST answer's fields, or the row and its error; writes the PNGs."""
+    if done.edit is None:
+        return {"id": done.name, **done.row, "error": done.error}
+    folder = out / done.name
     folder.mkdir(exist_ok=True)
     paths = {}
-    for picture, png in done.pictures.items():
+    for picture, png in done.edit.pictures.items():
         (folder / f"{picture}.png").write_bytes(png)
-        paths[picture] = f"{name}/{picture}.png"
-    answer = done.answer.model_copy(update={"images": Images(**paths)})
-    return {**answer.model_dump(mode="json"), "image": job.image}
+        paths[picture] = f"{done.name}/{picture}.png"
+    answer = done.edit.answer.model_copy(update={"images": Images(**paths)})
+    return {**answer.model_dump(mode="json"), "image": done.row["image"]}

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Final, ParamSpec, TypeVar
 
 import typer
 
+from edsc.cluster import Engine
 from gateway.answer import (
     DEFAULT_K_DB,
     DEFAULT_SNR_DB,
@@ -206,11 +207,15 @@ def batch(
     url: Url = None,
     weights: Weights = None,
     device: Device = "cpu",
+    engine: Annotated[Engine, typer.Option(help="ray: spread over a cluster")] = Engine.LOCAL,
+    workers: Annotated[int | None, typer.Option(min=1, help="ray: edits at a time")] = None,
 ) -> None:
     """Run the edits of a CSV: a line of results.jsonl a job, in order, `error` where it failed."""
     from edsc.batch import run_batch
 
-    done, failed = run_batch(jobs, out, url=url, weights=weights, device=device)
+    done, failed = run_batch(
+        jobs, out, url=url, weights=weights, device=device, engine=engine, workers=workers
+    )
     typer.echo(f"{done} edits done, {failed} failed: {out / 'results.jsonl'}")
 
 
@@ -218,31 +223,37 @@ def batch(
 @one_line
 def up(
     free_ports: Annotated[bool, typer.Option(help="let the system choose the ports")] = False,
-    replicas: Annotated[
-        str, typer.Option(help="how many of which, e.g. transmitter=2,receiver=2; otherwise one")
-    ] = "",
     baselines: Annotated[
         bool, typer.Option("--baselines", help="a fifth one, for the schemes compared with")
     ] = False,
+    replicas: Annotated[
+        str, typer.Option(help="how many of which, e.g. transmitter=2,receiver=2; otherwise one")
+    ] = "",
+    engine: Annotated[
+        Engine, typer.Option(help="ray: the three services on a cluster, the gateway here")
+    ] = Engine.LOCAL,
     weights: Weights = None,
 ) -> None:
     """Start the four services on this machine and serve until Ctrl-C; what dies starts again."""
     from edsc.up import Interrupted, Stack, interruptible, parse_replicas, print_log, watch
 
-    counts = parse_replicas(replicas)
     try:
-        with (
-            interruptible(),
-            Stack(
+        with interruptible():
+            if engine is Engine.RAY:
+                if baselines:
+                    raise InvalidRequest("got --baselines with --engine ray, expected one of them")
+                from edsc.ray_up import up_on_ray
+
+                up_on_ray(_settings(weights), replicas, free_ports=free_ports)
+            with Stack(
                 _settings(weights),
                 free_ports=free_ports,
                 baselines=baselines,
                 log=print_log,
-                replicas=counts,
-            ) as stack,
-        ):
-            typer.echo(f"the page is at {stack.url}  (Ctrl-C ends)")
-            watch(stack)
+                replicas=parse_replicas(replicas),
+            ) as stack:
+                typer.echo(f"the page is at {stack.url}  (Ctrl-C ends)")
+                watch(stack)
     except Interrupted:
         typer.echo("stopped", err=True)
 
@@ -357,6 +368,68 @@ def evaluate(
         lines = link_suite.measure(weights, data, limit=limit, output=output, write=write)
     for line in lines:
         typer.echo(line)
+
+
+@app.command()
+@one_line
+def load(
+    url: Annotated[str, typer.Option(help="the gateway")] = "http://127.0.0.1:8000",
+    rate: Annotated[
+        list[float] | None, typer.Option(help="arrivals a second; a step each, may be given again")
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="length of a step")] = 30.0,
+    count: Annotated[int, typer.Option(help="most arrivals in all")] = 10_000,
+    photos: Annotated[Path | None, typer.Option(help="a folder; otherwise samples/")] = None,
+    sentences: Annotated[Path | None, typer.Option(help="a text file, one a line")] = None,
+    snr_db: Annotated[list[float] | None, typer.Option(help="Es/N0 in dB; again for more")] = None,
+    channel: Annotated[list[ChannelName] | None, typer.Option(help="again for more")] = None,
+    quality: Annotated[list[Quality] | None, typer.Option(help="again for more")] = None,
+    align: Annotated[bool, typer.Option(help="find and align the face")] = True,
+    deadline_s: Annotated[float, typer.Option(help="an answer later than this is no good")] = 30.0,
+    timeout_s: Annotated[float, typer.Option(help="then a request is given up")] = 60.0,
+    baseline: Annotated[int, typer.Option(help="edits made again without load")] = 40,
+    seed: Annotated[int, typer.Option(min=0, help="of arrivals and mix")] = 0,
+    out: Annotated[Path, typer.Option("-o", "--out", help="folder for the report")] = Path("load"),
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="a host that is not this machine, named once more")
+    ] = None,
+    api_key: Annotated[
+        str, typer.Option(envvar="EDSC_API_KEY", help="sent as a bearer token")
+    ] = "",
+    authority: Annotated[Path | None, typer.Option(help="PEM to check https against")] = None,
+) -> None:
+    """Put load on a running gateway: Poisson arrivals; writes load.json and load.html."""
+    from edsc.demo import SAMPLES
+    from evaluation.arrivals import SENTENCES, SNRS_DB, Mix, read_photos, read_sentences
+    from evaluation.load import LoadOptions, run_load
+    from evaluation.load_report import write_report
+
+    mix = Mix(
+        read_photos(photos or SAMPLES),
+        sentences=SENTENCES if sentences is None else read_sentences(sentences),
+        snrs_db=tuple(snr_db or SNRS_DB),
+        channels=tuple(channel or ChannelName),
+        qualities=tuple(quality or (Quality.FAST,)),
+        align=align,
+    )
+    options = LoadOptions(
+        mix,
+        url=url,
+        rates=tuple(rate or (0.5, 1.0, 2.0)),
+        seconds=seconds,
+        most=count,
+        seed=seed,
+        deadline_s=deadline_s,
+        timeout_s=timeout_s,
+        baseline=baseline,
+        allowed_hosts=tuple(allow_host or ()),
+        api_key=api_key,
+        authority=authority,
+    )
+    report = run_load(options, lambda line: typer.echo(line))
+    data, page = write_report(report, out)
+    same = {True: "the same", False: "NOT the same", None: "not compared"}[report.same_quality]
+    typer.echo(f"quality with and without load: {same}\n{data}, {page}")
 
 
 def _settings(weights: Path | None) -> Settings:

@@ -24,10 +24,11 @@ from gateway.answer import (
     EditAnswer,
     EditRead,
     Order,
+    StoredEdit,
     images_at,
     notes_on,
 )
-from gateway.store import StoredEdit
+from gateway.marking import marked
 from shared.attributes import ATTRIBUTES
 from shared.errors import DeadlineExceeded, EdscError, Unavailable, by_kind
 from shared.schemes import PLANS, Scheme
@@ -62,6 +63,7 @@ class InProcess:
         from transmitter.pipeline import Transmitter
 
         opened = Bundle.open(bundle)
+        self._digest = opened.digest
         place = prepare(device, 0)
         self._transmitter = Transmitter.from_bundle(opened, place)
         self._receiver = Receiver.from_bundle(opened, place)
@@ -172,8 +174,10 @@ class InProcess:
             ),
             hops_ms={},
             images=images_at(edit_id),
+            bundle_digest=self._digest,
         )
-        return StoredEdit(answer, dict(zip(PICTURES, pngs, strict=True)))
+        pictures = marked(answer, dict(zip(PICTURES, pngs, strict=True)))
+        return StoredEdit(answer, pictures)
 
     def _baseline(self, scheme: Scheme) -> "BaseScheme | None":
         """The scheme of a baseline, around the nets that are loaded; None for Editable-DeepSC."""

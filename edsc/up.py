@@ -125,7 +125,7 @@ class Stack:
     @property
     def url(self) -> str:
         """Address of the page and of the REST interface."""
-        scheme = "https" if self.settings.tls_certificate and self.settings.tls_key else "http"
+        scheme = "https" if self.settings.https else "http"
         return f"{scheme}://{_reachable(self.settings.host)}:{self._all['gateway'].port}"
 
     @property

@@ -27,8 +27,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 from rich.console import Console
@@ -63,7 +64,7 @@ DOWN: Final = frozenset({503, 504})
 @dataclass(frozen=True)
 class Options:
     """seconds: of each measurement. overload_s: of the overload. clients: under way at saturation.
-    load: share of the capacity during faults."""
+    load: share of the capacity during faults. state: folder of the gateways; None: the user's."""
 
     photos: tuple[bytes, ...]
     seconds: float = 30.0
@@ -74,11 +75,13 @@ class Options:
     weights: Path | None = None
     quality: str = "fast"
     align: bool = True
+    state: Path | None = None
 
     def settings(self, **changes: Any) -> Settings:
         """For a stack of this run."""
         return Settings(
             weights=self.weights,
+            state=self.state,
             default_deadline_s=self.deadline_s,
             log_level="error",
             **changes,
@@ -371,12 +374,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             "options": {
                 name: value
                 for name, value in asdict(options).items()
-                if name not in ("photos", "weights")
+                if name not in ("photos", "weights", "state")
             },
         }
     )
     console.print(f"{os.cpu_count()} cores, load before: {os.getloadavg()[0]:.2f}")
-    with interruptible():
+    # Thousands of edits should not push the user's own out of their store.
+    with interruptible(), TemporaryDirectory() as state:
+        options = replace(options, state=Path(state))
         for name, experiment in EXPERIMENTS.items():
             if given.only and name not in given.only:
                 continue

@@ -12,9 +12,14 @@ from contextlib import contextmanager
 import uvicorn
 
 from gateway.app import create_app
+from gateway.desk import Limits
+from gateway.keys import Keyring, RateLimit
 from gateway.link import Link
+from gateway.store import EditStore
+from shared.errors import EdscError
 from shared.settings import MIB, Settings, settings_from_flags
 from shared.telemetry import configure_logging
+from shared.tracing import Tracing
 
 
 def open_listener(family: socket.AddressFamily, address: tuple[str, int]) -> socket.socket:
@@ -57,13 +62,27 @@ class Server(uvicorn.Server):
 
 
 async def serve(settings: Settings, listener: socket.socket) -> None:
-    """Serve until SIGTERM or SIGINT, then finish what is under way within `drain_s` seconds."""
+    """Serve until SIGTERM or SIGINT, then finish what is under way within `drain_s` seconds.
+
+    Raises EdscError where the settings name a store, keys or an exporter that cannot be had.
+    """
+    keyring = Keyring() if settings.api_keys is None else Keyring.read(settings.api_keys)
+    tracing = Tracing.from_environment("gateway")
     app = create_app(
-        Link(settings),
+        Link(settings, tracing=tracing),
+        store=EditStore.open(settings),
         max_photo_bytes=settings.max_image_mib * MIB,
-        max_in_flight=settings.max_in_flight,
+        limits=Limits(
+            max_in_flight=settings.max_in_flight,
+            lease_s=settings.lease_s,
+            max_attempts=settings.max_attempts,
+            patience_s=settings.patience_s,
+        ),
+        keyring=keyring,
+        rate_limit=RateLimit(settings.rate_per_minute, settings.rate_burst),
+        body_timeout_s=settings.body_timeout_s,
     )
-    tls = settings.tls_certificate is not None and settings.tls_key is not None
+    certificate, key = settings.https or (None, None)
     config = uvicorn.Config(
         app,
         log_config=None,
@@ -71,14 +90,16 @@ async def serve(settings: Settings, listener: socket.socket) -> None:
         server_header=False,
         timeout_keep_alive=30,
         timeout_graceful_shutdown=max(1, round(settings.drain_s)),
-        ssl_certfile=settings.tls_certificate if tls else None,
-        ssl_keyfile=settings.tls_key if tls else None,
+        ssl_certfile=certificate,
+        ssl_keyfile=key,
+        h11_max_incomplete_event_size=2**16,  # bytes of a request's head
     )
     server = Server(config)
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, server.handle_exit, signum, None)
     await server.serve(sockets=[listener])
+    tracing.close()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,7 +118,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     host, port = listener.getsockname()[:2]
     # For whoever started us with port 0, and for a person at a terminal.
     print(f"gateway listening on {host}:{port}", flush=True)
-    asyncio.run(serve(settings, listener))
+    try:
+        asyncio.run(serve(settings, listener))
+    except EdscError as error:
+        print(f"the gateway cannot start: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

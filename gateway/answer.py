@@ -8,9 +8,9 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from shared.schemes import Scheme
 
@@ -72,6 +72,19 @@ class Order:
     quality: Quality = Quality.BALANCED
     scheme: Scheme = Scheme.EDITABLE_DEEPSC
     align: bool = True
+
+
+_ORDER: Final = TypeAdapter(Order)
+
+
+def request_of(order: Order) -> str:
+    """An order as JSON, to be kept."""
+    return _ORDER.dump_json(order).decode()
+
+
+def order_of(request: str) -> Order:
+    """The order that `request_of` wrote down."""
+    return _ORDER.validate_json(request)
 
 
 class _Frozen(BaseModel):
@@ -172,6 +185,26 @@ class EditAnswer(_Frozen):
         Field(description="transmit, propagate, receive: each call as the gateway saw it"),
     ]
     images: Images
+    bundle_digest: Annotated[
+        str, Field(description="SHA-256 of the weights that drew the picture; empty: not told")
+    ] = ""
+    state: Literal["done"] = "done"
+    conversation: Annotated[
+        str | None, Field(description="the conversation that this edit belongs to")
+    ] = None
+
+
+@dataclass(frozen=True)
+class StoredEdit:
+    """One edit, done: the answer as sent, and what is kept beside it.
+
+    pictures: PNG by name (aligned, sent, received). latent: the edited latent as the transmitter
+    coded it, complex64 little-endian, 8 bytes a symbol; empty where it is not told.
+    """
+
+    answer: EditAnswer
+    pictures: Mapping[str, bytes]
+    latent: bytes = b""
 
 
 def notes_on(

@@ -2,66 +2,47 @@
 
 ::
 
-    POST /v1/edits                    photo + sentence in; JSON, PNG or progress events out
-    GET  /v1/edits/{id}               the same answer again        DELETE forgets it
-    GET  /v1/edits/{id}/{image}.png   aligned, sent or received
-    POST /v1/instructions             the edit that a sentence asks for
+    request --> Edge (ids, limits, metrics) --> Guard (keys, rates) --> edits, facts, page
+
+    /v1/edits ... /v1/conversations ...    gateway/edits.py
+    POST /v1/instructions                  the edit that a sentence asks for
     GET  /v1/attributes /v1/channels /v1/schemes /v1/model /v1/samples
     GET  /healthz /readyz /metrics /docs
 
 Every error is application/problem+json with the request's id.
 """
 
-import asyncio
-import json
-import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Annotated, Any, Final, TypeVar
+from typing import Annotated, Any, Final
 
-from fastapi import Depends, FastAPI, File, Request, UploadFile
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, RedirectResponse, Response
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
-from starlette.responses import StreamingResponse
 
-from gateway.answer import (
-    MAX_SENTENCE,
-    PICTURES,
-    UNEDITED,
-    EditAnswer,
-    EditRead,
-    Order,
-)
-from gateway.edge import (
-    PROBLEM_TYPE,
-    Edge,
-    kind_of_status,
-    problem,
-    problem_of,
-    problem_response,
-)
-from gateway.form import EVENT_STREAM, preferred, read_order
-from gateway.link import Caller, Link
-from gateway.store import EditStore, StoredEdit
+from gateway.answer import MAX_SENTENCE, UNEDITED, EditRead
+from gateway.desk import Desk, Limits
+from gateway.edge import Edge, kind_of_status, problem, problem_of, problem_response
+from gateway.edits import caller_of, edits_router, problems
+from gateway.keys import Guard, Keyring, RateLimit
+from gateway.link import Link
+from gateway.store import EditStore
 from shared.attributes import ATTRIBUTES, DEGREE_NAMES, MAX_DEGREE
-from shared.errors import Busy, Cancelled, EdscError, InvalidRequest, PayloadTooLarge
-from shared.telemetry import Metrics, logger
+from shared.errors import EdscError
+from shared.telemetry import Metrics
 
 STATIC: Final = Path(__file__).parent / "static"
 SAMPLES: Final = Path(__file__).parent.parent / "samples"
-KEEPALIVE_S: Final = 10.0
 # The page needs nothing from anywhere else, and says so to the browser.
 PAGE_POLICY: Final = (
     "default-src 'self'; img-src 'self' blob: data:; base-uri 'none'; form-action 'self'; "
     "frame-ancestors 'none'"
 )
-
-T = TypeVar("T")
 
 
 class Instruction(BaseModel):
@@ -70,85 +51,34 @@ class Instruction(BaseModel):
     text: Annotated[str, Field(min_length=1, max_length=MAX_SENTENCE)]
 
 
-class Problem(BaseModel):
-    """An error, as RFC 9457 has it."""
-
-    type: str
-    title: str
-    status: int
-    detail: str
-    request_id: str
-
-
-PROBLEMS: Final[dict[int | str, dict[str, Any]]] = {
-    status: {
-        "description": words,
-        "content": {PROBLEM_TYPE: {"schema": Problem.model_json_schema()}},
-    }
-    for status, words in {
-        413: "The upload is too large",
-        415: "Not a picture, or not a form",
-        422: "The request, the photo or the sentence cannot be served",
-        429: "Too busy; Retry-After says when to come back",
-        503: "A service is down or starting",
-        504: "The time for this edit ran out",
-    }.items()
-}
-
-
-class _Desk:
-    """Where edits are taken in: at most `max_in_flight` at a time, each kept when it is done."""
-
-    def __init__(self, link: Link, store: EditStore, metrics: Metrics, max_in_flight: int) -> None:
-        self.link = link
-        self.store = store
-        self.metrics = metrics
-        self.max_in_flight = max_in_flight
-        self.in_flight = 0
-
-    async def edit(
-        self,
-        photo: bytes,
-        order: Order,
-        caller: Caller,
-        progress: Callable[[str, float, float], None] | None = None,
-    ) -> StoredEdit:
-        """Run one edit through the link and keep it. Raises Busy when too many are under way."""
-        if self.in_flight >= self.max_in_flight:
-            raise Busy(f"{self.in_flight} edits are under way; at most {self.max_in_flight} may be")
-        self.in_flight += 1
-        try:
-            done = await self.link.edit(
-                secrets.token_hex(16), photo, order, caller=caller, progress=progress
-            )
-        finally:
-            self.in_flight -= 1
-        self.store.put(done)
-        self.metrics.stages(done.answer.timings_ms)
-        return done
-
-
 def create_app(
     link: Link,
     *,
     store: EditStore | None = None,
     metrics: Metrics | None = None,
     max_photo_bytes: int = 20 * 2**20,
-    max_in_flight: int = 32,
+    limits: Limits | None = None,
+    keyring: Keyring | None = None,
+    rate_limit: RateLimit | None = None,
+    body_timeout_s: float = 30.0,
     samples: Path = SAMPLES,
 ) -> FastAPI:
-    """The app. It closes `link` when it shuts down.
+    """The app. It closes `link` and `store` when it shuts down.
 
-    max_photo_bytes: largest upload, bytes. max_in_flight: edits under way before 429 (each holds
-    its photo in memory). samples: folder of PNGs to offer on the page; may be missing.
+    store: where edits are kept; None: in memory. max_photo_bytes: largest upload, bytes. limits: of
+    edits under way. keyring: who may ask; None: everybody. rate_limit: how often; None: as often as
+    they like. body_timeout_s: longest wait for a piece of a body. samples: folder of PNGs to offer
+    on the page; may be missing.
     """
-    kept = EditStore() if store is None else store
+    kept = EditStore.in_memory() if store is None else store
     counted = Metrics("gateway") if metrics is None else metrics
-    desk = _Desk(link, kept, counted, max_in_flight)
+    desk = Desk(link, kept, counted, limits)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        await desk.start()
         yield
+        await desk.close()
         await link.close()
 
     app = FastAPI(
@@ -161,107 +91,38 @@ def create_app(
         lifespan=lifespan,
     )
     app.add_middleware(
+        Guard, keyring=keyring or Keyring(), limit=rate_limit or RateLimit(0.0, burst=1)
+    )
+    app.add_middleware(
         Edge,
         metrics=counted,
         max_photo_bytes=max_photo_bytes,
         multipart_paths=frozenset({"/v1/edits"}),
+        body_timeout_s=body_timeout_s,
+        tracing=link.tracing,
     )
     _add_errors(app)
-    _add_edits(app, desk, max_photo_bytes)
+    app.include_router(edits_router(desk, max_photo_bytes))
     _add_facts(app, link)
-    _add_operations(app, link, counted)
+    _add_operations(app, link, kept, counted)
     _add_page(app, samples)
     return app
 
 
-def _add_edits(app: FastAPI, desk: _Desk, max_photo_bytes: int) -> None:
-    @app.post(
-        "/v1/edits",
-        response_model=EditAnswer,
-        tags=["edits"],
-        summary="Edit a photo and send it across the channel",
-        responses={
-            200: {
-                "description": "The edit as JSON, the received picture as PNG, or progress events "
-                "with the JSON last, as Accept asks",
-                "content": {"image/png": {}, EVENT_STREAM: {}},
-            },
-            406: {
-                "description": "Accept asks for none of the three",
-                "content": {PROBLEM_TYPE: {}},
-            },
-            **PROBLEMS,
-        },
-    )
-    async def edit_photo(
-        request: Request,
-        image: Annotated[UploadFile, File(description="the photo: JPEG, PNG, WebP, ...")],
-        order: Annotated[Order, Depends(read_order)],
-    ) -> Response:
-        """Inverts the photo, edits it, sends symbols, draws what was received."""
-        wanted = preferred(request.headers.get("accept", "*/*"))
-        # `size` is what was received, so a part that is too large is never read back.
-        if (image.size or 0) > max_photo_bytes:
-            raise PayloadTooLarge(
-                f"the photo has {image.size} bytes; expected at most {max_photo_bytes}"
-            )
-        photo = await image.read()
-        if not photo:
-            raise InvalidRequest("the photo is empty: 0 bytes")
-        caller = _caller(request)
-        if wanted == EVENT_STREAM:
-            events = _events(desk, photo, order, caller)
-            return StreamingResponse(
-                events, media_type=EVENT_STREAM, headers={"cache-control": "no-store"}
-            )
-        done = await _unless_gone(request, desk.edit(photo, order, caller))
-        where = {"location": f"/v1/edits/{done.answer.id}", "x-edit-id": done.answer.id}
-        if wanted == "image/png":
-            return Response(done.pictures["received"], media_type="image/png", headers=where)
-        return JSONResponse(done.answer.model_dump(mode="json"), headers=where)
-
-    @app.get(
-        "/v1/edits/{edit_id}",
-        response_model=EditAnswer,
-        tags=["edits"],
-        summary="One of the recent edits",
-    )
-    async def get_edit(edit_id: str) -> EditAnswer:
-        return desk.store.get(edit_id).answer
-
-    @app.delete("/v1/edits/{edit_id}", status_code=204, tags=["edits"], summary="Forget an edit")
-    async def delete_edit(edit_id: str) -> None:
-        desk.store.delete(edit_id)
-
-    @app.get(
-        "/v1/edits/{edit_id}/{picture}.png",
-        tags=["edits"],
-        summary="A picture of an edit: " + ", ".join(PICTURES),
-        response_class=Response,
-        responses={200: {"content": {"image/png": {}}}},
-    )
-    async def get_picture(edit_id: str, picture: str) -> Response:
-        return Response(
-            desk.store.picture(edit_id, picture),
-            media_type="image/png",
-            headers={"cache-control": "private, max-age=3600, immutable"},
-        )
-
+def _add_facts(app: FastAPI, link: Link) -> None:
     @app.post(
         "/v1/instructions",
         tags=["edits"],
         summary="Read a sentence",
-        responses={status: PROBLEMS[status] for status in (422, 429, 503, 504)},
+        responses=problems(408, 413, 422, 504),
     )
     async def read_instruction(request: Request, instruction: Instruction) -> EditRead | None:
         """The edit that the sentence asks for; null for "-"; 422 for one that asks for no edit."""
         if instruction.text.strip() == UNEDITED:
             return None
-        return await desk.link.read(instruction.text, caller=_caller(request))
+        return await link.read(instruction.text, caller=caller_of(request))
 
-
-def _add_facts(app: FastAPI, link: Link) -> None:
-    @app.get("/v1/attributes", tags=["facts"], summary="What can be edited")
+    @app.get("/v1/attributes", tags=["facts"], summary="What can be edited", responses=problems())
     async def attributes() -> dict[str, Any]:
         return {
             "max_degree": MAX_DEGREE,
@@ -275,34 +136,60 @@ def _add_facts(app: FastAPI, link: Link) -> None:
             ],
         }
 
-    @app.get("/v1/channels", tags=["facts"], summary="The channels, and limits on their parameters")
+    @app.get(
+        "/v1/channels",
+        tags=["facts"],
+        summary="The channels, and limits on their parameters",
+        responses=problems(504),
+    )
     async def channels(request: Request) -> dict[str, Any]:
-        return await link.channels(caller=_caller(request))
+        return await link.channels(caller=caller_of(request))
 
-    @app.get("/v1/schemes", tags=["facts"], summary="How a picture can travel")
+    @app.get(
+        "/v1/schemes",
+        tags=["facts"],
+        summary="How a picture can travel",
+        responses=problems(504),
+    )
     async def schemes(request: Request) -> dict[str, Any]:
         """Every scheme with its CBR: the paper's way of counting, complex uses (CRC, header and
         padding included), and the figure that the paper prints. `missing` where it cannot be had.
         """
-        return {"schemes": await link.schemes(caller=_caller(request))}
+        return {"schemes": await link.schemes(caller=caller_of(request))}
 
-    @app.get("/v1/model", tags=["facts"], summary="The weights that are loaded at both ends")
+    @app.get(
+        "/v1/model",
+        tags=["facts"],
+        summary="The weights that are loaded at both ends",
+        responses=problems(504),
+    )
     async def model(request: Request) -> dict[str, Any]:
-        return await link.model(caller=_caller(request))
+        return await link.model(caller=caller_of(request))
 
 
-def _add_operations(app: FastAPI, link: Link, metrics: Metrics) -> None:
+def _add_operations(app: FastAPI, link: Link, store: EditStore, metrics: Metrics) -> None:
     @app.get("/healthz", tags=["operations"], summary="This process is alive")
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}
 
-    @app.get("/readyz", tags=["operations"], summary="All three services are serving")
+    @app.get(
+        "/readyz",
+        tags=["operations"],
+        summary="All three services are serving, and edits can be kept",
+        responses={503: {"description": "Not ready; the body says what is missing"}},
+    )
     async def readyz() -> JSONResponse:
         services = await link.health()
-        ready = all(state == "SERVING" for state in services.values())
+        try:
+            await store.ping()
+            keeps = "SERVING"
+        except EdscError:
+            keeps = "NOT_SERVING"
+        ready = all(state == "SERVING" for state in (keeps, *services.values()))
         metrics.ready.set(1.0 if ready else 0.0)
         return JSONResponse(
-            {"ready": ready, "services": services}, status_code=200 if ready else 503
+            {"ready": ready, "services": services, "store": keeps},
+            status_code=200 if ready else 503,
         )
 
     @app.get("/metrics", include_in_schema=False)
@@ -338,6 +225,7 @@ def _add_page(app: FastAPI, samples: Path) -> None:
 def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(EdscError)
     async def ours(request: Request, error: EdscError) -> JSONResponse:
+        request.state.reason = error.kind
         return problem_response(problem_of(error, request.state.request_id))
 
     @app.exception_handler(RequestValidationError)
@@ -370,65 +258,3 @@ def _field_error(error: Mapping[str, Any]) -> dict[str, str]:
     elif error["type"] == "string_too_long":
         message = f"{message}, got {len(error['input'])}"
     return {"field": field, "message": message}
-
-
-def _caller(request: Request) -> Caller:
-    return Caller(request.state.request_id, request.state.traceparent)
-
-
-async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
-    """Await `work`, but drop it when the client hangs up. Raises Cancelled then."""
-
-    async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    task = asyncio.ensure_future(work)
-    watch = asyncio.create_task(gone())
-    try:
-        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise Cancelled("the client closed the connection before the answer was ready")
-        return task.result()
-    finally:
-        for pending in (task, watch):
-            pending.cancel()
-        await asyncio.gather(task, watch, return_exceptions=True)
-
-
-async def _events(desk: _Desk, photo: bytes, order: Order, caller: Caller) -> AsyncIterator[bytes]:
-    """Server-sent events: `progress` while the work goes on, then one `result` or one `problem`."""
-    queue: asyncio.Queue[bytes] = asyncio.Queue()
-
-    def progress(stage: str, fraction: float, elapsed_ms: float) -> None:
-        news = {"stage": stage, "fraction": round(fraction, 4), "elapsed_ms": round(elapsed_ms, 1)}
-        queue.put_nowait(_event("progress", news))
-
-    task = asyncio.create_task(desk.edit(photo, order, caller, progress))
-    try:
-        while not task.done() or not queue.empty():
-            news = asyncio.create_task(queue.get())
-            done, _ = await asyncio.wait(
-                {news, task}, timeout=KEEPALIVE_S, return_when=asyncio.FIRST_COMPLETED
-            )
-            if news in done:
-                yield news.result()
-                continue
-            news.cancel()
-            if not done:
-                yield b": still here\n\n"  # a comment: keeps proxies from closing the stream
-        try:
-            yield _event("result", task.result().answer.model_dump(mode="json"))
-        except EdscError as error:
-            yield _event("problem", problem_of(error, caller.request_id))
-        except Exception:
-            logger().exception("failed")
-            body = problem("InternalError", 500, "The log has more.", caller.request_id)
-            yield _event("problem", body)
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-
-
-def _event(name: str, data: Mapping[str, Any]) -> bytes:
-    return f"event: {name}\ndata: {json.dumps(data)}\n\n".encode()

@@ -2,11 +2,12 @@
 
 ::
 
-    request --> id --> media type --> body limit --> app --> status counted --> answer
+    request --> id, span --> media type --> body: bytes, time --> app --> status counted --> answer
 
 Pure ASGI, so that streaming works and a client that hangs up is noticed at once.
 """
 
+import asyncio
 import re
 import secrets
 from collections.abc import Mapping, Sequence
@@ -21,13 +22,14 @@ from structlog.contextvars import bound_contextvars
 
 from shared.errors import Busy, EdscError, InvalidRequest, PayloadTooLarge, Unavailable
 from shared.telemetry import Metrics, logger
+from shared.tracing import Tracing, is_traceparent, trace_id_of
 
+SMALL_BODY: Final = 2**16  # bytes of a body that is no form: JSON with one sentence
 FORM_OVERHEAD: Final = 2**20  # bytes of a form beside its photo: boundaries, the other fields
 PROBLEM_TYPE: Final = "application/problem+json"
 RETRY_AFTER_S: Final = 1
 
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
-_TRACEPARENT: Final = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 # What a person reads first; the detail then says what exactly was wrong.
 _TITLES: Final[Mapping[str, str]] = {
@@ -37,8 +39,11 @@ _TITLES: Final[Mapping[str, str]] = {
     "RateUnreachable": "The picture does not fit into the scheme's channel uses",
     "UnsupportedImage": "Not a picture of a supported format",
     "PayloadTooLarge": "The upload is too large",
+    "Unauthorized": "No API key that is known here",
     "NotFound": "Not found",
+    "Conflict": "Not in this state",
     "Busy": "Too busy",
+    "RateLimited": "Asked too often",
     "Cancelled": "The client went away",
     "Unavailable": "A service is not available",
     "DeadlineExceeded": "The edit took too long",
@@ -47,13 +52,17 @@ _TITLES: Final[Mapping[str, str]] = {
     "UnsupportedMediaType": "Unsupported media type",
     "NotAcceptable": "Not acceptable",
     "BadRequest": "Bad request",
+    "RequestTimeout": "The body did not arrive in time",
     "InternalError": "Something went wrong here",
 }
 _KINDS_OF_STATUS: Final[Mapping[int, str]] = {
     400: "BadRequest",
     404: "NotFound",
     405: "MethodNotAllowed",
+    401: "Unauthorized",
     406: "NotAcceptable",
+    408: "RequestTimeout",
+    409: "Conflict",
     413: "PayloadTooLarge",
     415: "UnsupportedMediaType",
     422: "InvalidRequest",
@@ -109,8 +118,10 @@ def problem_response(
 class Edge:
     """ASGI middleware around the whole app.
 
-    max_photo_bytes: largest photo, bytes; a body may be FORM_OVERHEAD larger than that.
-    multipart_paths: POST paths that take a form and nothing else (415 otherwise).
+    max_photo_bytes: largest photo, bytes; a form may be FORM_OVERHEAD larger than that, any other
+    body has at most SMALL_BODY bytes. multipart_paths: POST paths that take a form and nothing else
+    (415 otherwise). body_timeout_s: longest wait for the next piece of a body. tracing: makes a
+    span of every request; None: no spans.
     """
 
     def __init__(
@@ -120,8 +131,12 @@ class Edge:
         metrics: Metrics,
         max_photo_bytes: int,
         multipart_paths: frozenset[str],
+        body_timeout_s: float = 30.0,
+        tracing: Tracing | None = None,
     ) -> None:
         self.app = app
+        self.body_timeout_s = body_timeout_s
+        self.tracing = tracing or Tracing.off()
         self.metrics = metrics
         self.max_photo_bytes = max_photo_bytes
         self.max_body = max_photo_bytes + FORM_OVERHEAD
@@ -138,8 +153,20 @@ class Edge:
             request_id = secrets.token_hex(16)
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
+        state["drain"] = self._drain
         traceparent = headers.get("traceparent", "")
-        state["traceparent"] = traceparent if _TRACEPARENT.fullmatch(traceparent) else ""
+        method = scope["method"]
+        known = {"request_id": request_id}
+        # Named once the route is known: an address may hold an id.
+        span = self.tracing.start(
+            method,
+            traceparent if is_traceparent(traceparent) else "",
+            "server",
+            {"http.request.method": method, "edsc.request_id": request_id},
+        )
+        state["traceparent"] = span.traceparent
+        if trace_id := trace_id_of(span.traceparent):
+            known["trace_id"] = trace_id
 
         start = perf_counter()
         status = 500
@@ -158,7 +185,7 @@ class Edge:
 
         self.metrics.in_flight.inc()
         try:
-            with bound_contextvars(request_id=request_id):
+            with bound_contextvars(**known):
                 refusal = self._refuse(scope, headers)
                 if refusal is not None:
                     if isinstance(refusal, PayloadTooLarge):
@@ -166,10 +193,10 @@ class Edge:
                     answer: Response = problem_response(problem_of(refusal, request_id))
                     await answer(scope, receive, send_on)
                 else:
-                    await self.app(scope, self._limited(receive), send_on)
-        except Exception as error:
+                    await self.app(scope, self._limited(scope, receive), send_on)
+        except Exception:
             # Starlette's own last resort has run by now: it has answered, and raises for the log.
-            logger().error("failed", error=repr(error), exc_info=True)
+            logger().exception("failed", **known)
             if not started:
                 body = problem("InternalError", 500, "The log has more.", request_id)
                 await problem_response(body)(scope, receive, send_on)
@@ -178,17 +205,21 @@ class Edge:
             seconds = perf_counter() - start
             route = scope.get("route")
             path = getattr(route, "path", "unmatched")
-            self.metrics.answered(f"{scope['method']} {path}", str(status), seconds)
-            if status in (413, 429, 503, 504):
-                self.metrics.rejected(kind_of_status(status))
+            self.metrics.answered(f"{method} {path}", str(status), seconds)
+            if status in (401, 408, 413, 429, 503, 504):
+                self.metrics.rejected(str(state.get("reason") or kind_of_status(status)))
+            span.rename(f"{method} {path}")
+            span.set("http.response.status_code", status)
+            span.end(failed=str(status) if status >= 500 else None)
             if path not in ("/healthz", "/readyz", "/metrics"):
                 logger().info(
                     "served",
-                    method=scope["method"],
+                    method=method,
                     path=path,
                     status=status,
                     duration_ms=round(seconds * 1000.0, 1),
-                    request_id=request_id,
+                    owner=state.get("owner", ""),
+                    **known,
                 )
 
     def _refuse(self, scope: Scope, headers: Headers) -> EdscError | None:
@@ -201,30 +232,51 @@ class Edge:
                     "with the fields image and instruction"
                 )
         length = headers.get("content-length", "")
-        if length.isdigit() and int(length) > self.max_body:
-            return self._too_large(f"{int(length)} bytes")
+        # At most 18 digits: int() itself refuses thousands of them.
+        if length.isdigit() and (len(length) > 18 or int(length) > self._most(scope)):
+            return self._too_large(scope, f"{length[:18]} bytes")
         return None
 
-    def _too_large(self, got: str) -> PayloadTooLarge:
+    def _most(self, scope: Scope) -> int:
+        """Bytes that the body of this request may have."""
+        return self.max_body if scope["path"] in self.multipart_paths else SMALL_BODY
+
+    def _too_large(self, scope: Scope, got: str) -> PayloadTooLarge:
+        if scope["path"] not in self.multipart_paths:
+            return PayloadTooLarge(f"the request body has {got}; expected at most {SMALL_BODY}")
         limit = self.max_photo_bytes / 2**20
         return PayloadTooLarge(f"the request body has {got}; a photo may have {limit:g} MiB")
 
-    def _limited(self, receive: Receive) -> Receive:
-        """`receive` that stops a body, also one of unknown length, at the limit."""
+    def _limited(self, scope: Scope, receive: Receive) -> Receive:
+        """`receive` that stops a body, also one of unknown length, at the limit, and one that does
+        not arrive: whoever sends a byte a minute would hold a place for hours."""
         taken = 0
+        most = self._most(scope)
+        complete = False
+
+        async def next_piece() -> Message:
+            if complete:
+                return await receive()  # waits for the client to hang up, as long as that takes
+            try:
+                return await asyncio.wait_for(receive(), self.body_timeout_s)
+            except TimeoutError:
+                raise HTTPException(
+                    408,
+                    f"nothing of the body arrived for {self.body_timeout_s:g} s",
+                    {"connection": "close"},
+                ) from None
 
         async def limited() -> Message:
-            nonlocal taken
-            message = await receive()
+            nonlocal taken, complete
+            message = await next_piece()
             if message["type"] == "http.request":
+                complete = not message.get("more_body", False)
                 taken += len(message.get("body", b""))
-                if taken > self.max_body:
+                if taken > most:
                     if message.get("more_body", False):
                         await self._drain(receive)
                     # The one exception that FastAPI lets through while it reads a body.
-                    raise HTTPException(
-                        413, str(self._too_large(f"more than {self.max_body} bytes"))
-                    )
+                    raise HTTPException(413, str(self._too_large(scope, f"more than {most} bytes")))
             return message
 
         return limited
@@ -234,7 +286,10 @@ class Edge:
         its connection reset instead of the answer."""
         thrown_away = 0
         while thrown_away < 4 * self.max_body:
-            message = await receive()
+            try:
+                message = await asyncio.wait_for(receive(), self.body_timeout_s)
+            except TimeoutError:
+                return
             thrown_away += len(message.get("body", b""))
             if message["type"] == "http.disconnect" or not message.get("more_body", False):
                 return

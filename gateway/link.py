@@ -29,11 +29,11 @@ from gateway.answer import (
     EditAnswer,
     EditRead,
     Order,
+    StoredEdit,
     images_at,
     notes_on,
     stage_timings,
 )
-from gateway.store import StoredEdit
 from shared.errors import BundleError, Cancelled, DeadlineExceeded, EdscError, Unavailable
 from shared.pb import edsc_pb2, edsc_pb2_grpc
 from shared.rpc import (
@@ -46,6 +46,7 @@ from shared.rpc import (
 )
 from shared.schemes import PLANS, Plan, Scheme
 from shared.settings import Settings
+from shared.tracing import Tracing
 
 T = TypeVar("T")
 Progress = Callable[[str, float, float], None]  # stage, fraction of it 0..1, milliseconds so far
@@ -140,17 +141,23 @@ class Link:
     """The services as one: opened inside a running event loop, closed by whoever made it.
 
     settings: targets, limits and TLS. deadline_s: for one edit, all hops together; None: the
-    settings' default deadline.
+    settings' default deadline. tracing: makes a span of every call; None: no spans.
     """
 
-    def __init__(self, settings: Settings, deadline_s: float | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        deadline_s: float | None = None,
+        tracing: Tracing | None = None,
+    ) -> None:
         self.settings = settings
+        self.tracing = tracing or Tracing.off()
         self.deadline_s = settings.default_deadline_s if deadline_s is None else deadline_s
         self._channels: dict[GrpcService, grpc.aio.Channel] = {}
 
     def _to(self, service: GrpcService) -> grpc.aio.Channel:
         if service not in self._channels:
-            self._channels[service] = open_aio_channel(self.settings, service)
+            self._channels[service] = open_aio_channel(self.settings, service, self.tracing)
         return self._channels[service]
 
     async def close(self) -> None:
@@ -242,9 +249,10 @@ class Link:
             ),
             hops_ms={name: round(ms, 3) for name, ms in budget.hops_ms.items()},
             images=images_at(f"/v1/edits/{edit_id}"),
+            bundle_digest=drawn.digest,
         )
         pngs = (sent.aligned_png, sent.sent_png, drawn.png[0])
-        return StoredEdit(answer, dict(zip(PICTURES, pngs, strict=True)))
+        return StoredEdit(answer, dict(zip(PICTURES, pngs, strict=True)), sent.frame.samples)
 
     async def _transmit(
         self,

@@ -71,7 +71,9 @@ class ReceiverService(edsc_pb2_grpc.ReceiverServicer):
             images = yield from ask_one(model.draw, reception)  # [B, 3, H, W]
         with call.watch.stage("pictures"):
             pictures = yield from ask(PICTURES, images.split(1))
-        reply = edsc_pb2.ReceiveReply(png=pictures, image_size=images.shape[-1])
+        reply = edsc_pb2.ReceiveReply(
+            png=pictures, image_size=images.shape[-1], digest=model.description.digest
+        )
         reply.timings_ms.update(call.watch.timings_ms())
         return reply
 

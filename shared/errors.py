@@ -9,8 +9,11 @@
     |   |-- RateUnreachable       422    the picture has no form that fits into the channel uses
     |   |-- UnsupportedImage      415
     |   `-- PayloadTooLarge       413
+    |-- Unauthorized              401  UNAUTHENTICATED
     |-- NotFound                  404  NOT_FOUND
+    |-- Conflict                  409  ABORTED
     |-- Busy                      429  RESOURCE_EXHAUSTED
+    |   `-- RateLimited           429    this caller asks too often
     |-- Cancelled                 499  CANCELLED
     |-- Unavailable               503  UNAVAILABLE
     |-- DeadlineExceeded          504  DEADLINE_EXCEEDED
@@ -66,6 +69,13 @@ class PayloadTooLarge(InvalidRequest):
     http_status = 413
 
 
+class Unauthorized(EdscError):
+    """No API key, or one that is not known here."""
+
+    http_status = 401
+    grpc_code = "UNAUTHENTICATED"
+
+
 class NotFound(EdscError):
     """No such edit, picture or scheme."""
 
@@ -78,6 +88,17 @@ class Busy(EdscError):
 
     http_status = 429
     grpc_code = "RESOURCE_EXHAUSTED"
+
+
+class RateLimited(Busy):
+    """This caller has used up its share for now, whatever else the service is doing."""
+
+
+class Conflict(EdscError):
+    """The state that something is in does not allow what was asked."""
+
+    http_status = 409
+    grpc_code = "ABORTED"
 
 
 class Cancelled(EdscError):

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, Final, Generic, Literal, Protocol, TypeVar
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 import grpc
 import structlog
@@ -32,19 +32,31 @@ from shared.errors import (
     BundleError,
     Busy,
     Cancelled,
+    Conflict,
     DeadlineExceeded,
     EdscError,
     InvalidRequest,
     NotFound,
     PayloadTooLarge,
+    Unauthorized,
     Unavailable,
     by_kind,
 )
 from shared.settings import MIB, Settings
 from shared.telemetry import Metrics, configure_logging, logger
+from shared.tracing import Tracing, trace_id_of
+from shared.transport import (
+    ERROR_KIND_KEY,
+    FULL_NAMES,
+    OFFERS,
+    Decoding,
+    GrpcService,
+    client_credentials,
+    full_name,
+    interceptors,
+    server_credentials,
+)
 from shared.worker import REQUEST_ID_KEY, TRACEPARENT_KEY, Call, Worker, new_request_id
-
-ERROR_KIND_KEY: Final = "edsc-error-kind"
 
 __all__ = [
     "ERROR_KIND_KEY",
@@ -69,18 +81,6 @@ __all__ = [
     "wait_until_serving",
 ]
 
-GrpcService = Literal["transmitter", "channel", "receiver", "baselines"]
-FULL_NAMES: Final[dict[GrpcService, str]] = {
-    "transmitter": "edsc.v1.Transmitter",
-    "channel": "edsc.v1.Channel",
-    "receiver": "edsc.v1.Receiver",
-}
-# What each process offers; health of a process is reported under all of its names.
-OFFERS: Final[dict[GrpcService, tuple[str, ...]]] = {
-    **{service: (name,) for service, name in FULL_NAMES.items()},
-    "baselines": (FULL_NAMES["transmitter"], FULL_NAMES["receiver"]),
-}
-
 P = TypeVar("P")
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -96,11 +96,15 @@ _MOST_LANES: Final = 3
 class Server:
     """The gRPC server of one process: health, reflection, limits, one worker. Not yet serving.
 
-    settings: limits and addresses. service: which process it is.
+    settings: limits and addresses. service: which process it is. tracing: makes a span of every
+    call; None: no spans.
     """
 
-    def __init__(self, settings: Settings, service: GrpcService) -> None:
+    def __init__(
+        self, settings: Settings, service: GrpcService, tracing: Tracing | None = None
+    ) -> None:
         self.settings = settings
+        self.tracing = tracing or Tracing.off()
         self.service: GrpcService = service
         self.metrics = Metrics(service)
         self.worker = Worker(settings.queue_size, self.metrics)
@@ -108,6 +112,7 @@ class Server:
         handlers = _MOST_LANES * (settings.queue_size + settings.max_batch) + _SPARE_THREADS
         self.grpc = grpc.server(
             ThreadPoolExecutor(handlers, thread_name_prefix="rpc"),
+            interceptors=[Decoding()],
             options=[
                 ("grpc.max_receive_message_length", settings.max_message_mib * MIB),
                 ("grpc.max_send_message_length", settings.max_message_mib * MIB),
@@ -154,8 +159,8 @@ class Server:
         settings = self.settings
         address = f"{settings.host}:{settings.port(self.service)}"
         try:
-            if settings.tls_certificate and settings.tls_key:
-                port = self.grpc.add_secure_port(address, _server_credentials(settings))
+            if (credentials := server_credentials(settings)) is not None:
+                port = self.grpc.add_secure_port(address, credentials)
             else:
                 port = self.grpc.add_insecure_port(address)
         except RuntimeError as error:
@@ -240,7 +245,16 @@ def _answering(server: Server, method: str, context: grpc.ServicerContext) -> It
     metrics.in_flight.inc()
     context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))
     code = "OK"
-    with structlog.contextvars.bound_contextvars(request_id=call.request_id, method=method):
+    span = server.tracing.start(
+        f"{full_name(server.service, method)}/{method}",
+        call.traceparent,
+        "server",
+        {"rpc.system": "grpc", "rpc.method": method, "edsc.request_id": call.request_id},
+    )
+    known = {"request_id": call.request_id, "method": method}
+    if trace_id := trace_id_of(span.traceparent):
+        known["trace_id"] = trace_id
+    with structlog.contextvars.bound_contextvars(**known):
         try:
             yield call
         except EdscError as error:
@@ -266,6 +280,9 @@ def _answering(server: Server, method: str, context: grpc.ServicerContext) -> It
             metrics.in_flight.dec()
             metrics.answered(method, code, elapsed_ms / 1000.0)
             metrics.stages(call.watch.stages_ms())
+            for stage, stage_ms in call.watch.stages_ms().items():
+                span.set(f"edsc.{stage}_ms", round(stage_ms, 3))
+            span.end(failed=None if code == "OK" else code)
             logger().info("answered", code=code, duration_ms=round(elapsed_ms, 2))
 
 
@@ -287,7 +304,8 @@ def serve(
     needs. That runs on the worker's thread, while health says NOT_SERVING.
     """
     configure_logging(service, settings.log_level)
-    server = Server(settings, service)
+    tracing = Tracing.from_environment(service)
+    server = Server(settings, service, tracing)
     load = register(server)
     stop = threading.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
@@ -311,13 +329,16 @@ def serve(
         logger().error("cannot start", reason=str(failure), exc_info=unexpected)
         print(f"the {service} cannot start: {failure}", file=sys.stderr)
         server.drain(0.0)
+        tracing.close()
         return 1
     if not stop.is_set():
         server.ready()
         print(f"{service} ready", flush=True)
         stop.wait()
     logger().info("draining", grace_s=settings.drain_s)
-    if not server.drain(settings.drain_s):
+    drained = server.drain(settings.drain_s)
+    tracing.close()
+    if not drained:
         # The worker is inside torch; an ordinary exit would wait for it or crash with it.
         sys.stdout.flush()
         os._exit(0)
@@ -383,17 +404,20 @@ def _authority(target: str) -> list[tuple[str, Any]]:
 def open_channel(settings: Settings, service: GrpcService) -> grpc.Channel:
     """A blocking client's channel to `service`; connects when it is first used."""
     target, options = settings.target(service), channel_options(settings, service)
-    if settings.tls_ca is not None:
-        return grpc.secure_channel(target, _client_credentials(settings), options)
+    if (credentials := client_credentials(settings)) is not None:
+        return grpc.secure_channel(target, credentials, options)
     return grpc.insecure_channel(target, options)
 
 
-def open_aio_channel(settings: Settings, service: GrpcService) -> grpc.aio.Channel:
-    """The same for an asyncio client, to be made inside its event loop."""
+def open_aio_channel(
+    settings: Settings, service: GrpcService, tracing: Tracing | None = None
+) -> grpc.aio.Channel:
+    """The same for an asyncio client, made inside its event loop; `tracing` sees every call."""
     target, options = settings.target(service), channel_options(settings, service)
-    if settings.tls_ca is not None:
-        return grpc.aio.secure_channel(target, _client_credentials(settings), options)
-    return grpc.aio.insecure_channel(target, options)
+    watching = interceptors(tracing or Tracing.off())
+    if (credentials := client_credentials(settings)) is not None:
+        return grpc.aio.secure_channel(target, credentials, options, interceptors=watching)
+    return grpc.aio.insecure_channel(target, options, interceptors=watching)
 
 
 def error_from_rpc(error: grpc.RpcError, service: GrpcService) -> EdscError:
@@ -456,7 +480,9 @@ _KIND_OF_CODE: Final[dict[str, type[EdscError]]] = {
     kind.grpc_code: kind
     for kind in (
         InvalidRequest,
+        Unauthorized,
         NotFound,
+        Conflict,
         Busy,
         Cancelled,
         Unavailable,
@@ -464,21 +490,3 @@ _KIND_OF_CODE: Final[dict[str, type[EdscError]]] = {
         BundleError,
     )
 }
-
-
-def _server_credentials(settings: Settings) -> grpc.ServerCredentials:
-    assert settings.tls_key is not None
-    assert settings.tls_certificate is not None
-    pair = (settings.tls_key.read_bytes(), settings.tls_certificate.read_bytes())
-    authority = settings.tls_ca.read_bytes() if settings.tls_ca else None
-    return grpc.ssl_server_credentials([pair], authority, authority is not None)
-
-
-def _client_credentials(settings: Settings) -> grpc.ChannelCredentials:
-    assert settings.tls_ca is not None
-    own = settings.tls_key and settings.tls_certificate
-    return grpc.ssl_channel_credentials(
-        settings.tls_ca.read_bytes(),
-        settings.tls_key.read_bytes() if own and settings.tls_key else None,
-        settings.tls_certificate.read_bytes() if own and settings.tls_certificate else None,
-    )

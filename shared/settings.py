@@ -8,9 +8,9 @@ import argparse
 from collections.abc import Sequence
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from shared.errors import InvalidRequest
@@ -98,15 +98,93 @@ class Settings(BaseSettings):
     )
 
     tls_certificate: Path | None = Field(
-        default=None, description="PEM chain; with tls_key: serve TLS"
+        default=None, description="PEM chain; with tls_key: serve TLS, and show it to servers"
     )
     tls_key: Path | None = None
     tls_ca: Path | None = Field(
         default=None,
         description="PEM: clients check servers against it, servers their clients (mTLS)",
     )
+    https_certificate: Path | None = Field(
+        default=None,
+        description="PEM chain that the gateway shows to browsers; unset: tls_certificate",
+    )
+    https_key: Path | None = None
+
+    state: Path | None = Field(
+        default=None,
+        description="folder of the gateway's database and pictures; unset: the user's state folder",
+    )
+    database: str = Field(
+        default="",
+        description='SQLAlchemy URL, e.g. "postgresql://user:secret@host/edsc"; empty: SQLite in '
+        "the state folder",
+    )
+    pictures: str = Field(
+        default="",
+        description='fsspec URL, e.g. "s3://bucket/edits"; empty: a folder in the state folder',
+    )
+    retention_hours: float = Field(
+        default=24.0, gt=0, le=87_600, description="an edit is forgotten after this long"
+    )
+    retention_edits: int = Field(
+        default=2000, ge=1, description="most edits kept; the oldest go first"
+    )
+    retention_mib: int = Field(default=1024, ge=1, description="most MiB of pictures kept")
+    lease_s: float = Field(
+        default=15.0,
+        gt=0,
+        le=3600,
+        description="an edit whose gateway has not been heard of for so long is taken over",
+    )
+    max_attempts: int = Field(
+        default=3, ge=1, le=100, description="starts of one edit before it is given up"
+    )
+    patience_s: float = Field(
+        default=300.0,
+        ge=0,
+        le=86_400,
+        description="how long an edit that nobody waits for is tried while services are busy",
+    )
+    max_in_flight: int = Field(
+        default=32, ge=1, le=4096, description="edits under way at a gateway before 429"
+    )
+
+    api_keys: Path | None = Field(
+        default=None, description="file of API keys (gateway/keys.py); unset: no key is asked for"
+    )
+    rate_per_minute: float = Field(
+        default=0.0,
+        ge=0,
+        description="POSTs a minute for each key, or each address without keys; 0: no limit",
+    )
+    rate_burst: int = Field(default=20, ge=1, description="POSTs at once before the rate counts")
+    body_timeout_s: float = Field(
+        default=30.0, gt=0, le=3600, description="longest wait for the next piece of a body"
+    )
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @model_validator(mode="after")
+    def _pairs(self) -> Self:
+        # Half a pair would quietly serve without TLS.
+        for name in ("tls", "https"):
+            certificate, key = getattr(self, f"{name}_certificate"), getattr(self, f"{name}_key")
+            if (certificate is None) != (key is None):
+                got = "key" if certificate is None else "certificate"
+                raise ValueError(f"{name}_{got} alone; expected {name}_certificate and {name}_key")
+        return self
+
+    @property
+    def https(self) -> tuple[Path, Path] | None:
+        """Certificate and key that the gateway serves HTTPS with; None: it serves HTTP."""
+        for pair in (
+            (self.https_certificate, self.https_key),
+            (self.tls_certificate, self.tls_key),
+        ):
+            if pair[0] is not None and pair[1] is not None:
+                return pair[0], pair[1]
+        return None
 
     def port(self, service: ServiceName) -> int:
         """Port that `service` binds."""
@@ -173,6 +251,7 @@ def settings_from_flags(service: ServiceName, argv: Sequence[str] | None = None)
     parser.add_argument("--max-batch", type=int, help="requests that share passes; 1: none (16)")
     parser.add_argument("--max-delay-ms", type=float, help="wait for others to share with (2)")
     parser.add_argument("--drain-s", type=float, help="seconds for calls under way after SIGTERM")
+    parser.add_argument("--state", type=Path, help="folder of the gateway's database and pictures")
     parser.add_argument("--log-level", choices=["debug", "info", "warning", "error"])
     flags = vars(parser.parse_args(argv))
     given: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}

@@ -1,11 +1,13 @@
 """What a process tells its operator: JSON logs on stderr and Prometheus metrics.
 
 A log line carries the request id of the call that it belongs to. Photographs and sentences are the
-user's own: above debug level they never reach a log, whatever a caller passes.
+user's own: above debug level they never reach a log, whatever a caller passes, also not in what an
+unexpected exception says.
 """
 
 import logging
 import sys
+import traceback
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from time import perf_counter
@@ -50,6 +52,31 @@ def keep_private(
     return event
 
 
+def frames_only(
+    _logger: object, _method: str, event: MutableMapping[str, Any]
+) -> MutableMapping[str, Any]:
+    """structlog processor: an exception as its kinds and the lines that it passed, no messages.
+
+    What a bug says of itself may quote what it stumbled over, and that may be somebody's sentence.
+    """
+    given = event.pop("exc_info", None)
+    if not given:
+        return event
+    error = given if isinstance(given, BaseException) else sys.exc_info()[1]
+    told = []
+    while error is not None:
+        frames = traceback.extract_tb(error.__traceback__)
+        told.append(
+            {
+                "kind": f"{type(error).__module__}.{type(error).__qualname__}",
+                "frames": [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in frames],
+            }
+        )
+        error = error.__cause__ or error.__context__
+    event["exception"] = told
+    return event
+
+
 def configure_logging(service: str, level: str = "info") -> None:
     """Send structlog to stderr as one JSON object a line; called once, in `main`."""
     structlog.configure(
@@ -58,7 +85,7 @@ def configure_logging(service: str, level: str = "info") -> None:
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             keep_private,
-            structlog.processors.format_exc_info,
+            structlog.processors.format_exc_info if level == "debug" else frames_only,
             structlog.processors.JSONRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
@@ -97,6 +124,14 @@ class Metrics:
         self._rejected = Counter(
             "edsc_rejected", "Requests turned away.", ["service", "reason"], registry=self.registry
         )
+        self._edits = Counter(
+            "edsc_edits", "Edits that ended, by how.", ["service", "outcome"],
+            registry=self.registry,
+        )  # fmt: skip
+        self._kept = Gauge(
+            "edsc_edits_kept", "Edits in the store, by state.", ["service", "state"],
+            registry=self.registry,
+        )  # fmt: skip
         self.in_flight = Gauge(
             "edsc_in_flight", "Requests under way.", ["service"], registry=self.registry
         ).labels(service)
@@ -136,6 +171,14 @@ class Metrics:
     def dropped(self) -> None:
         """Count one request given up between two of its steps."""
         self._dropped.labels(self.service).inc()
+
+    def edited(self, outcome: str) -> None:
+        """Count one edit that ended: done, failed or rejected."""
+        self._edits.labels(self.service, outcome).inc()
+
+    def kept(self, state: str, count: int) -> None:
+        """Say how many edits the store has in a state."""
+        self._kept.labels(self.service, state).set(count)
 
     def stages(self, timings_ms: Mapping[str, float]) -> None:
         """Record the duration of every stage, given in milliseconds."""

@@ -25,7 +25,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": {"*"},
     "edsc": {"*"},
 }
-NETWORK_FILES = {"service.py", "__main__.py", "shared/rpc.py", "gateway/link.py"}
+NETWORK_FILES = {
+    "service.py",
+    "__main__.py",
+    "shared/rpc.py",
+    "shared/transport.py",
+    "gateway/link.py",
+}
 PROTOBUF_FILES = NETWORK_FILES | {"shared/wire.py"}
 BANNED_NAMES = {"utils.py", "util.py", "helpers.py", "helper.py", "misc.py", "common.py"}
 LONGEST = 500  # lines a file; beyond that it is two things

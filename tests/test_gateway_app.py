@@ -16,10 +16,9 @@ from PIL import Image
 
 from gateway.answer import K_MAX_DB, K_MIN_DB, SNR_MAX_DB, SNR_MIN_DB, EditAnswer, Order
 from gateway.app import create_app
+from gateway.desk import Limits
 from gateway.edge import FORM_OVERHEAD
 from gateway.link import Link
-from gateway.store import EditStore, StoredEdit
-from shared.errors import NotFound
 from shared.settings import Settings
 
 MAX_PHOTO = 2**20  # bytes, for these tests
@@ -386,7 +385,7 @@ def test_an_edit_can_be_deleted(client: TestClient) -> None:
 
 
 def test_too_many_edits_at_once_are_429(services: Settings) -> None:
-    app = create_app(Link(services), max_in_flight=1)
+    app = create_app(Link(services), limits=Limits(max_in_flight=1))
     with TestClient(app) as client, ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda _: send(client), range(8)))
     assert {a.status_code for a in answers} == {200, 429}
@@ -408,27 +407,6 @@ def test_services_that_are_down_are_503_in_time() -> None:
         assert ready.json()["services"]["receiver"] == "NOT_SERVING"
         assert client.get("/healthz").status_code == 200
         assert client.get("/").status_code == 200
-
-
-def test_the_store_forgets_the_least_recently_used(client: TestClient) -> None:
-    answer = EditAnswer.model_validate(send(client).json())
-
-    def put(store: EditStore, name: str, size: int = 10) -> None:
-        edit = answer.model_copy(update={"id": name})
-        store.put(StoredEdit(edit, {"sent": bytes(size)}))
-
-    store = EditStore(max_edits=2, max_bytes=100)
-    put(store, "a")
-    put(store, "b")
-    store.get("a")
-    put(store, "c")
-    assert store.get("a").answer.id == "a"
-    with pytest.raises(NotFound, match="'b'"):
-        store.get("b")
-    put(store, "d", size=95)  # by bytes: only the newest fits
-    assert (len(store), store.bytes_held) == (1, 95)
-    store.delete("d")
-    assert (len(store), store.bytes_held) == (0, 0)
 
 
 def test_the_gateway_process_loads_no_torch() -> None:

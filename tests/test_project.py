@@ -17,6 +17,7 @@ import pytest
 from edsc.cli import app
 from edsc.up import MODULES
 from shared.settings import Settings
+from shared.telemetry import Metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff"}
@@ -152,7 +153,10 @@ def test_kubernetes_runs_the_four_services_and_nothing_as_root() -> None:
         }
         assert {"startupProbe", "readinessProbe", "livenessProbe"} <= set(container)
         assert container["resources"]["limits"]["memory"]
-        assert deployment["spec"]["strategy"]["rollingUpdate"]["maxUnavailable"] == 0
+        if name == "gateway":  # its volume is one pod's at a time
+            assert deployment["spec"]["strategy"] == {"type": "Recreate"}
+        else:
+            assert deployment["spec"]["strategy"]["rollingUpdate"]["maxUnavailable"] == 0
         # preStop, then the drain: both must fit before SIGKILL.
         pause_s = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
         assert pod["terminationGracePeriodSeconds"] > pause_s + float(settings["EDSC_DRAIN_S"])
@@ -198,6 +202,67 @@ def test_image_never_runs_as_root() -> None:
     users = [line.split()[1] for line in instructions if line.startswith("USER ")]
     assert users, "Dockerfile has no USER"
     assert users[-1] not in {"root", "0"}
+
+
+def test_only_the_gateway_keeps_anything() -> None:
+    yaml = pytest.importorskip("ruamel.yaml").YAML(typ="safe")
+    compose = yaml.load((ROOT / "docker-compose.yml").read_text())
+    for name, service in compose["services"].items():
+        assert service["cap_drop"] == ["ALL"], f"{name}: has capabilities"
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert ("volumes" in service) == (name == "gateway"), f"{name}: keeps something"
+    assert compose["services"]["gateway"]["volumes"] == ["state:/var/lib/edsc"]
+    assert "-o 10001 -g 10001 -m 700 /var/lib/edsc" in (ROOT / "Dockerfile").read_text()
+
+
+def _known_metrics() -> dict[str, set[str]]:
+    """Every series name that a process can show, with its labels."""
+    known: dict[str, set[str]] = {}
+    endings = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}
+    collectors: dict[Any, Any] = dict(Metrics("gateway").registry._collector_to_names)
+    for collector, names in collectors.items():
+        labels = set(getattr(collector, "_labelnames", ()))
+        (family,) = collector.describe()
+        for ending in endings[family.type]:
+            known[family.name + ending] = labels | ({"le"} if ending == "_bucket" else set())
+        assert names
+    return known
+
+
+def test_dashboard_asks_for_metrics_that_there_are() -> None:
+    known = _known_metrics()
+    dashboard = json.loads((ROOT / "deploy" / "grafana" / "editable-deepsc.json").read_text())
+    ids = [panel["id"] for panel in dashboard["panels"]]
+    assert len(set(ids)) == len(ids)
+    queries = [
+        target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])
+    ]
+    queries += [v["query"] for v in dashboard["templating"]["list"] if v["type"] == "query"]
+    asked = set()
+    for query in queries:
+        names = set(re.findall(r"\bedsc_[a-z_]+", query))
+        assert names, f"asks for nothing of ours: {query}"
+        assert names <= set(known), f"{names - set(known)} in {query}"
+        asked |= names
+        used = set(re.findall(r"[{,]\s*(\w+)\s*(?:=~|!=|=)", query))
+        for listing in re.findall(r"by \(([^)]*)\)", query):
+            used |= {label.strip() for label in listing.split(",")}
+        labels = set.union(*(known[name] for name in names))
+        assert used <= labels, f"labels {used - labels} in {query}"
+    for name in ("requests_total", "stage_seconds_bucket", "in_flight", "queue_depth"):
+        assert f"edsc_{name}" in asked
+    assert "edsc_rejected_total" in asked
+
+
+def test_prometheus_asks_where_metrics_are() -> None:
+    yaml = pytest.importorskip("ruamel.yaml").YAML(typ="safe")
+    jobs = yaml.load((ROOT / "deploy" / "prometheus.yml").read_text())["scrape_configs"]
+    services = yaml.load((ROOT / "docker-compose.yml").read_text())["services"]
+    (found,) = (job["dns_sd_configs"][0] for job in jobs if "dns_sd_configs" in job)
+    assert set(found["names"]) == set(services) - {"gateway"}
+    for name in found["names"]:
+        assert services[name]["environment"]["EDSC_METRICS_PORT"] == str(found["port"])
+        assert str(found["port"]) in services[name]["expose"]
 
 
 def test_repository_holds_no_photographs_and_no_big_files() -> None:

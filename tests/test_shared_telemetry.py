@@ -43,6 +43,27 @@ def test_debug_is_for_whoever_asks_for_it(capfd: pytest.CaptureFixture[str]) -> 
     assert (line["instruction"], line["data"]) == ("give him a beard", "<4 bytes>")
 
 
+def test_what_a_bug_says_is_for_debugging(capfd: pytest.CaptureFixture[str]) -> None:
+    def fail(level: str) -> str:
+        configure_logging("transmitter", level)
+        try:
+            try:
+                raise KeyError("give him a beard")
+            except KeyError as error:
+                raise ValueError("b'\\x89PNG'") from error
+        except ValueError:
+            logger().exception("failed", request_id="abc")
+        return capfd.readouterr().err
+
+    line = json.loads(fail("info"))
+    kinds = [told["kind"] for told in line["exception"]]
+    assert kinds == ["builtins.ValueError", "builtins.KeyError"]
+    assert "test_shared_telemetry.py" in line["exception"][0]["frames"][0]
+    assert "beard" not in json.dumps(line)
+    assert "PNG" not in json.dumps(line)
+    assert "give him a beard" in fail("debug")
+
+
 def test_metrics_text() -> None:
     metrics = Metrics("receiver")
     metrics.answered("Receive", "OK", 0.003)

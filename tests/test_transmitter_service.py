@@ -41,10 +41,11 @@ SIZE = 32
 
 def _reader() -> TextEncoder:
     """In scope, smiling, a change, more, by one: whatever the sentence."""
-    encoder = TextEncoder(TextConfig(pieces=64, width=8, hidden=8))
-    encoder.heads.weight.data.zero_()
+    encoder = TextEncoder(TextConfig(pieces=64, width=8, hidden=8, members=1))
+    encoder.get_parameter("members.0.heads.weight").data.zero_()
     chosen = [[9, 0, 0], [0, 0, 0, 9, 0], [9, 0], [9, 0], [9, 0, 0, 0, 0], [0] * 6]
-    encoder.heads.bias.data.copy_(torch.tensor([float(v) for head in chosen for v in head]))
+    bias = encoder.get_parameter("members.0.heads.bias")
+    bias.data.copy_(torch.tensor([float(v) for head in chosen for v in head]))
     return encoder
 
 

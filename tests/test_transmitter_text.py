@@ -48,7 +48,7 @@ from transmitter.text import (
     tokenise,
 )
 
-TINY = TextConfig(("beard", "older", "make"), pieces=128, width=8, hidden=6, layers=2)
+TINY = TextConfig(("beard", "older", "make"), pieces=128, width=8, hidden=6, layers=2, members=2)
 SHORT = Recipe(steps=4, batch=8, chunk=3, warm_up=2)
 
 
@@ -250,11 +250,12 @@ def test_a_warm_start_keeps_the_words_that_both_know(tmp_path: Path) -> None:
     train(options(tmp_path), SHORT, TINY)
     bundle = Bundle.open(tmp_path / "bundle")
     grown = TextEncoder(replace(TINY, vocabulary=("a", "beard", "make")))
-    before = grown.words.weight.detach().clone()
+    table = grown.get_parameter("members.1.words.weight")
+    before = table.detach().clone()
     assert [run["steps"] for run in warm_start(grown, bundle)] == [4]
-    old = bundle.tensors("text")["words.weight"]
-    assert torch.equal(grown.words.weight[[0, 2, 3]], old[[0, 1, 3]])
-    assert torch.equal(grown.words.weight[1], before[1])
+    old = bundle.tensors("text")["members.1.words.weight"]
+    assert torch.equal(table[[0, 2, 3]], old[[0, 1, 3]])
+    assert torch.equal(table[1], before[1])
     with pytest.raises(InvalidRequest, match="shape differs"):
         warm_start(TextEncoder(replace(TINY, hidden=7)), bundle)
 

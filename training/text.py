@@ -129,8 +129,9 @@ def train(
             # Of a training step the LSTM is the most: bfloat16 makes it three times as fast where
             # the processor has it.
             with torch.autocast(run.device.type, torch.bfloat16):
-                heads = encoder(sentences)
-            loss = loss_of(heads, labels, recipe.smoothing)
+                opinions = encoder.each(sentences)
+            losses = [loss_of(heads, labels, recipe.smoothing) for heads in opinions]
+            loss = torch.stack(losses).mean()
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
@@ -157,8 +158,9 @@ def warm_start(encoder: TextEncoder, bundle: Bundle) -> list[dict[str, Any]]:
             f"cannot begin from the text encoder of {bundle.folder}: its shape differs"
         )
     tensors = bundle.tensors(NET)
-    words = tensors.pop("words.weight")
-    encoder.load_state_dict({**tensors, "words.weight": encoder.words.weight}, strict=True)
+    ours_now = encoder.state_dict()
+    tables = [name for name in tensors if name.endswith(".words.weight")]
+    encoder.load_state_dict({**tensors, **{name: ours_now[name] for name in tables}}, strict=True)
     rows = {word: row for row, word in enumerate(old.vocabulary, start=1)}
     pairs = [(0, 0)]  # the unknown word
     for row, word in enumerate(encoder.config.vocabulary, start=1):
@@ -166,7 +168,9 @@ def warm_start(encoder: TextEncoder, bundle: Bundle) -> list[dict[str, Any]]:
             pairs.append((row, rows[word]))
     ours, theirs = torch.tensor(pairs).T
     with torch.no_grad():
-        encoder.words.weight[ours] = words[theirs].to(encoder.words.weight.device)
+        for name in tables:
+            table = encoder.get_parameter(name)
+            table[ours] = tensors[name][theirs].to(table.device)
     made = bundle.provenance(NET)
     earlier: list[dict[str, Any]] = made.get("earlier_runs", [])
     return [

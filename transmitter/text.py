@@ -136,10 +136,11 @@ class TextConfig:
     hidden: int = 160
     layers: int = 1
     dropout: float = 0.3
+    members: int = 3
     threshold: float = 0.5  # set by the recipe on sentences that it does not train on
 
     def __post_init__(self) -> None:
-        sizes = {k: getattr(self, k) for k in ("pieces", "width", "hidden", "layers")}
+        sizes = {k: getattr(self, k) for k in ("pieces", "width", "hidden", "layers", "members")}
         if min(sizes.values()) < 1:
             raise InvalidRequest(f"text encoder got {sizes}; expected sizes of at least 1")
         if not 0 <= self.threshold <= 1:
@@ -215,8 +216,44 @@ class BothWays(nn.Module):
         return states
 
 
-class TextEncoder(nn.Module):
+class _Member(nn.Module):
     """Bi-LSTM over hashed words and pieces, pooled by attention and maximum, with six heads."""
+
+    def __init__(self, config: TextConfig, classes: Sequence[int]) -> None:
+        super().__init__()
+        self.classes = list(classes)
+        self.words = nn.EmbeddingBag(len(config.vocabulary) + 1, config.width, mode="mean")
+        self.pieces = nn.EmbeddingBag(config.pieces, config.width, mode="mean")
+        for table in (self.words, self.pieces):
+            nn.init.normal_(table.weight, std=0.5)
+        self.drop = nn.Dropout(config.dropout)
+        self.lstm = BothWays(config.width, config.hidden, config.layers, config.dropout)
+        self.attention = nn.Linear(2 * config.hidden, 1)
+        self.heads = nn.Linear(4 * config.hidden, sum(classes))
+
+    def forward(self, batch: Sentences) -> Heads:
+        words = self.words(batch.words, batch.word_starts)  # [N, width]
+        flat = self.drop(words + self.pieces(batch.pieces, batch.piece_starts))
+        lengths = batch.lengths.to(flat.device)
+        steps = torch.arange(int(batch.lengths.max()), device=flat.device)  # [T]
+        padding = steps >= lengths[:, None]  # [B, T]
+        places = (lengths.cumsum(0) - lengths)[:, None] + steps  # of each token in `flat`
+        places = places.masked_fill(padding, 0)
+        padded = flat.index_select(0, places.flatten()).unflatten(0, places.shape)
+        states = self.lstm(padded, lengths)  # [B, T, 2 hidden]
+        padding = padding[..., None]
+        weights = self.attention(states).masked_fill(padding, -1e4).softmax(1)  # [B, T, 1]
+        strongest = states.masked_fill(padding, -1e4).amax(1)
+        pooled = torch.cat([(weights * states).sum(1), strongest], 1)  # [B, 4 hidden]
+        return Heads(*self.heads(self.drop(pooled)).split(self.classes, 1))
+
+
+class TextEncoder(nn.Module):
+    """A few LSTMs that were started differently and whose opinions are averaged.
+
+    One alone reads what it has seen the like of; where it has not, it is sure of something anyhow.
+    Several disagree there, which is what the threshold wants to know.
+    """
 
     # Classes of every head, in the order of `Heads`.
     CLASSES = (
@@ -233,14 +270,7 @@ class TextEncoder(nn.Module):
         self.config = config
         self._vocabulary = Vocabulary(config.vocabulary)
         self._numbered: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
-        self.words = nn.EmbeddingBag(len(config.vocabulary) + 1, config.width, mode="mean")
-        self.pieces = nn.EmbeddingBag(config.pieces, config.width, mode="mean")
-        for table in (self.words, self.pieces):
-            nn.init.normal_(table.weight, std=0.5)
-        self.drop = nn.Dropout(config.dropout)
-        self.lstm = BothWays(config.width, config.hidden, config.layers, config.dropout)
-        self.attention = nn.Linear(2 * config.hidden, 1)
-        self.heads = nn.Linear(4 * config.hidden, sum(self.CLASSES))
+        self.members = nn.ModuleList(_Member(config, self.CLASSES) for _ in range(config.members))
 
     def number(
         self, sentences: Sequence[Sequence[str]], hide: Callable[[], bool] | None = None
@@ -281,21 +311,20 @@ class TextEncoder(nn.Module):
                 self._numbered[token] = found
         return found
 
+    def each(self, batch: Sentences) -> list[Heads]:
+        """Every member's logits."""
+        return [member(batch) for member in self.members]
+
     def forward(self, batch: Sentences) -> Heads:
-        words = self.words(batch.words, batch.word_starts)  # [N, width]
-        flat = self.drop(words + self.pieces(batch.pieces, batch.piece_starts))
-        lengths = batch.lengths.to(flat.device)
-        steps = torch.arange(int(batch.lengths.max()), device=flat.device)  # [T]
-        padding = steps >= lengths[:, None]  # [B, T]
-        places = (lengths.cumsum(0) - lengths)[:, None] + steps  # of each token in `flat`
-        places = places.masked_fill(padding, 0)
-        padded = flat.index_select(0, places.flatten()).unflatten(0, places.shape)
-        states = self.lstm(padded, lengths)  # [B, T, 2 hidden]
-        padding = padding[..., None]
-        weights = self.attention(states).masked_fill(padding, -1e4).softmax(1)  # [B, T, 1]
-        strongest = states.masked_fill(padding, -1e4).amax(1)
-        pooled = torch.cat([(weights * states).sum(1), strongest], 1)  # [B, 4 hidden]
-        return Heads(*self.heads(self.drop(pooled)).split(list(self.CLASSES), 1))
+        """Logits of the members' mean probabilities."""
+        opinions = self.each(batch)
+        if len(opinions) == 1:
+            return opinions[0]
+        mean = [
+            torch.stack([logits.float().softmax(1) for logits in head]).mean(0)
+            for head in zip(*opinions, strict=True)
+        ]
+        return Heads(*(probability.clamp_min(1e-12).log() for probability in mean))
 
 
 @dataclass(frozen=True)

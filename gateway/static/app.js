@@ -12,6 +12,11 @@ let running = null;      // AbortController of the request under way
 let sentOnce = false;    // the slider re-sends only after the first Send
 let samplePick = 0;      // newest choice of sample wins
 
+// The key stays in this tab: gone when it is closed, sent to nobody but this gateway.
+$("key").value = sessionStorage.getItem("edsc-key") ?? "";
+$("key").addEventListener("change", () => sessionStorage.setItem("edsc-key", $("key").value));
+const ask = (path, options = {}) => fetch(path, { ...options, headers: { ...options.headers, ...($("key").value ? { "x-api-key": $("key").value } : {}) } });
+
 // ---------------------------------------------------------------------------------- choosing a photo
 
 function usePhoto(blob, name) {
@@ -91,7 +96,7 @@ async function readSentence() {
   if (!text) { hint.textContent = "Say what to change."; return; }
   if (text === "-") { hint.textContent = "The photo is sent unedited."; return; }
   try {
-    const answer = await fetch("/v1/instructions", { method: "POST", signal: mine.signal, headers: { "content-type": "application/json" }, body: JSON.stringify({ text }) });
+    const answer = await ask("/v1/instructions", { method: "POST", signal: mine.signal, headers: { "content-type": "application/json" }, body: JSON.stringify({ text }) });
     const body = await answer.json();
     hint.textContent = answer.ok ? `Reads as ${body.description}` : body.detail;
     hint.className = answer.ok ? "hint yes" : "hint no";
@@ -167,7 +172,7 @@ async function send() {
   $("pictures").classList.add("stale");
   showProgress("Sending the photo", 0.02);
   try {
-    const answer = await fetch("/v1/edits", { method: "POST", body: order(), headers: { accept: "text/event-stream" }, signal: mine.signal });
+    const answer = await ask("/v1/edits", { method: "POST", body: order(), headers: { accept: "text/event-stream" }, signal: mine.signal });
     if (!answer.ok) { showProblem(await answer.json()); return; }
     let ended = false;
     for await (const { event, data } of events(answer.body)) {
@@ -218,7 +223,8 @@ function showProgress(words, value) {
   $("progress").value = value;
 }
 
-function showProblem({ title, detail, request_id }) {
+function showProblem({ title, detail, request_id, status }) {
+  if (status === 401) { $("key").closest("details").open = true; $("key").focus(); }
   const box = $("problem");
   box.replaceChildren();
   const strong = document.createElement("strong");
@@ -235,10 +241,13 @@ function showProblem({ title, detail, request_id }) {
 
 async function showPicture(name, url, alt) {
   const image = $(`img-${name}`);
+  const answer = await ask(url);
+  if (!answer.ok) throw new Error((await answer.json()).detail);
   const next = new Image();
-  next.src = url;
+  next.src = URL.createObjectURL(await answer.blob());
   await next.decode();
-  image.src = url;
+  if (image.src.startsWith("blob:")) URL.revokeObjectURL(image.src);
+  image.src = next.src;
   image.alt = alt;
   image.hidden = false;
 }

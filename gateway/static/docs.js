@@ -55,7 +55,10 @@ function operation(path, verb, about) {
   for (const [media, content] of Object.entries(about.requestBody?.content ?? {})) {
     body.append(table([media, "type", "meaning (* required)"], fields(resolve(content.schema), true)));
   }
-  const result = resolve(about.responses?.["200"]?.content?.["application/json"]?.schema);
+  const headers = (about.parameters ?? []).map((one) => [code(one.required ? `${one.name} *` : one.name), one.in, [one.description, limits(one.schema)].filter(Boolean).join("; ")]);
+  if (headers.length) body.append(table(["parameter", "where", "meaning (* required)"], headers));
+  const answered = resolve(about.responses?.["200"]?.content?.["application/json"]?.schema);
+  const result = resolve(answered.anyOf?.[0] ?? answered);
   if (result.properties) body.append(table(["answer", "type", "meaning"], fields(result, false)));
   const answers = Object.entries(about.responses ?? {}).map(([status, answer]) => [code(status), Object.keys(answer.content ?? {}).join(", "), answer.description]);
   body.append(table(["status", "media type", "meaning"], answers));

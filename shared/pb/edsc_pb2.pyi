@@ -289,7 +289,7 @@ class ReceiveRequest(_message.Message):
     def __init__(self, frame: _Optional[_Union[ReceivedFrame, _Mapping]] = ..., scheme: _Optional[str] = ...) -> None: ...
 
 class ReceiveReply(_message.Message):
-    __slots__ = ("png", "image_size", "timings_ms", "degrees", "reached", "match_steps", "edit", "blocks", "block_errors")
+    __slots__ = ("png", "image_size", "timings_ms", "degrees", "reached", "match_steps", "edit", "blocks", "block_errors", "digest")
     class TimingsMsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -306,6 +306,7 @@ class ReceiveReply(_message.Message):
     EDIT_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     BLOCK_ERRORS_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
     png: _containers.RepeatedScalarFieldContainer[bytes]
     image_size: int
     timings_ms: _containers.ScalarMap[str, float]
@@ -315,4 +316,5 @@ class ReceiveReply(_message.Message):
     edit: Edit
     blocks: int
     block_errors: int
-    def __init__(self, png: _Optional[_Iterable[bytes]] = ..., image_size: _Optional[int] = ..., timings_ms: _Optional[_Mapping[str, float]] = ..., degrees: _Optional[_Iterable[_Union[AttributeDegrees, _Mapping]]] = ..., reached: _Optional[bool] = ..., match_steps: _Optional[int] = ..., edit: _Optional[_Union[Edit, _Mapping]] = ..., blocks: _Optional[int] = ..., block_errors: _Optional[int] = ...) -> None: ...
+    digest: str
+    def __init__(self, png: _Optional[_Iterable[bytes]] = ..., image_size: _Optional[int] = ..., timings_ms: _Optional[_Mapping[str, float]] = ..., degrees: _Optional[_Iterable[_Union[AttributeDegrees, _Mapping]]] = ..., reached: _Optional[bool] = ..., match_steps: _Optional[int] = ..., edit: _Optional[_Union[Edit, _Mapping]] = ..., blocks: _Optional[int] = ..., block_errors: _Optional[int] = ..., digest: _Optional[str] = ...) -> None: ...
