@@ -1,4 +1,4 @@
-"""Faces to measure with: the data folder's, anybody's photographs, and four public sets as published.
+"""Faces to measure with: the data folder's, anybody's photographs, four public sets as published.
 
 ::
 
@@ -22,7 +22,6 @@ a smaller --limit measures a subset of a larger one.
 """
 
 import csv
-import io
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -163,7 +162,9 @@ def cut_found(finder: FaceFinder | None) -> Cut:
             raise InvalidRequest("got no face finder, expected one for pictures without points")
         faces = finder(pixels)
         if not faces:
-            raise NoFaceFound(f"found no face in this {pixels.shape[2]} x {pixels.shape[1]} picture")
+            raise NoFaceFound(
+                f"found no face in this {pixels.shape[2]} x {pixels.shape[1]} picture"
+            )
         return align(pixels, faces[0].points, size)
 
     return cut

@@ -6,11 +6,12 @@ Put the files in one folder and name it by EDSC_METRIC_WEIGHTS or `--metric-weig
     vgg16-397923af.pth                         LPIPS (vgg)      torchvision's ImageNet VGG-16
     pt_inception-2015-12-05-6726825d.pth       FID, KID         Inception of the original FID code
 
-Any of them may be missing; what is there is measured. LPIPS's linear heads (version 0.1, 6 and 7 kB)
-come with torchmetrics. Files are read with `weights_only`: none can run code. The networks are
+Any of them may be missing; what is there is measured. LPIPS's linear heads (version 0.1, 6 and 7
+kB) come with torchmetrics. Files are read with `weights_only`: none can run code. The networks are
 plain torch, torchvision is not needed.
 
-Zhang et al. 2018 (LPIPS); Heusel et al. 2017 (FID); Binkowski et al. 2018 (KID); Szegedy et al. 2016.
+Zhang et al. 2018 (LPIPS), Heusel et al. 2017 (FID), Binkowski et al. 2018 (KID), Szegedy et al.
+2016 (Inception).
 """
 
 import importlib.util

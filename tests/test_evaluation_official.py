@@ -24,7 +24,7 @@ def _write(net: nn.Sequential, path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["alex", "vgg"])
+@pytest.mark.parametrize("name", ["alex", pytest.param("vgg", marks=pytest.mark.slow)])
 def test_lpips_agrees_with_torchmetrics(
     name: str, tmp_path: Path, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -44,7 +44,8 @@ def test_lpips_agrees_with_torchmetrics(
 
 def test_inception_has_the_parameters_of_the_published_one() -> None:
     """23,834,568 of torchvision's Inception v3 without its auxiliary head, and 8 more classes."""
-    net = FidInception()
+    with torch.device("meta"):
+        net = FidInception()
     parameters = sum(p.numel() for p in net.parameters())
     assert parameters == 23_834_568 + 8 * (2048 + 1)
     names = set(net.state_dict())
