@@ -55,7 +55,7 @@ def verdicts(results: Results) -> list[Verdict]:
             found.append(Verdict(claim, paper.MISSING, printed, "not measured"))
             continue
         name, figure = gain
-        measured = f"{percent(figure)} smaller than {name}"
+        measured = f"{percent(figure)} than {name}"
         found.append(Verdict(claim, measured, printed, judge(figure, bar)))
     for channel in [c for c in ("awgn", "rayleigh") if c in results.channels]:
         low = [snr_db for snr_db in results.snrs_db if snr_db <= 6]
@@ -98,8 +98,10 @@ def quality_words(results: Results) -> Iterator[str]:
         return
     name, figure = gain
     if figure.low > 0:
-        below = f"{percent(figure)} below {name}"
-        yield f"At {lowest:g} dB ours is {below}, the next best in `perceptual`."
+        yield (
+            f"At {lowest:g} dB ours is {percent(figure)} than that of {name}, the next best in"
+            " `perceptual`."
+        )
     elif figure.high < 0:
         yield f"At {lowest:g} dB {name} is better than ours in `perceptual`, by these pictures."
     else:
@@ -170,4 +172,9 @@ def show(found: Figure | None, metric: str = "") -> str:
 
 
 def percent(found: Figure) -> str:
-    return f"{100 * found.mean:.0f} % [{100 * found.low:.0f}, {100 * found.high:.0f}]"
+    """A gain in words: "40 % [35, 44] smaller", or larger where it is none."""
+    if found.mean >= 0:
+        low, high, word = found.low, found.high, "smaller"
+    else:
+        low, high, word = -found.high, -found.low, "larger"
+    return f"{100 * abs(found.mean):.0f} % [{100 * low:.0f}, {100 * high:.0f}] {word}"

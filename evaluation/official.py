@@ -353,4 +353,5 @@ class FidInception(nn.Module):
         x = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))
         x = self.Mixed_7a(self.Mixed_6e(self.Mixed_6d(x)))
         x = self.Mixed_7c(self.Mixed_7b(x))  # [B, 2048, 8, 8]
-        return x.mean((2, 3))
+        pooled: Tensor = x.mean((2, 3))
+        return pooled

@@ -35,6 +35,8 @@ GAINS_AT_MINUS_6_DB: Final[Mapping[str, float]] = MappingProxyType(
 BARS: Final[Mapping[str, float]] = MappingProxyType({"perceptual": 0.40, "fd": 0.53, "kd": 0.90})
 """What this project asks of itself at -6 dB."""
 
+SIDE: Final = 128  # px of the pictures that the figures below are for
+
 CBR: Final[Mapping[str, float]] = MappingProxyType(
     {"latent": 0.0104, "jpeg": 0.0389, "deepsc": 0.0833}
 )

@@ -22,10 +22,11 @@ from evaluation.claims import (
 from evaluation.plots import draw_all
 from evaluation.results import CONTROLS, Results
 from evaluation.sweep import Plan, read_rows
+from evaluation.trial import Row
 from shared.adapters import Adapters
 from shared.bundle import Bundle
 from shared.errors import InvalidRequest
-from shared.schemes import PLANS, Scheme
+from shared.schemes import PLANS, USUAL_RATES, Scheme
 
 ENOUGH: Final = 50  # faces
 COMMAND: Final = "edsc evaluate --suite paper"
@@ -124,16 +125,8 @@ def bandwidth_page(results: Results) -> list[str]:
         row = rows[0]
         # A pilot is a use: 8 of them, as `estimated` CSI sends before every block.
         pilots = row["cbr"] * (row["uses"] + 8) / row["uses"]
-        carrier = PLANS[Scheme.parse(name)].carrier
-        known = (
-            name == OURS
-            or name.startswith(("jpeg-ldpc+", "edit+jpeg-ldpc"))
-            or (carrier == "deepsc")
-        )
-        usual = known and "-r" not in name.replace(OURS, "")
-        printed = f"{paper.CBR[carrier]}" if usual and carrier in paper.CBR else paper.MISSING
         lines.append(
-            f"| {name} | {printed} | {row['cbr_printed']:.4f} | {row['cbr']:.4f} | "
+            f"| {name} | {_printed_cbr(name, row)} | {row['cbr_printed']:.4f} | {row['cbr']:.4f} | "
             f"{row['cbr_complex']:.4f} | {row['uses']} | {row['header_uses']} | {pilots:.4f} |"
         )
     for name, share in results.unreachable().items():
@@ -327,7 +320,8 @@ def index_page(results: Results, bundle: Bundle, pages: Sequence[str]) -> list[s
     lines = [
         "# Results",
         "",
-        f"Written by `{COMMAND} --report` from rows; no number here was typed by hand.",
+        f"Written by `{COMMAND} --report` from rows; no number here was typed by hand. The paper's"
+        " tables and figures by subject; what it prints and is not known here is a dash.",
         "",
         *_about(results),
         "",
@@ -419,6 +413,16 @@ def _compared(results: Results, names: Sequence[str], metrics: Sequence[str]) ->
                 lines.append(f"| {name} | {' | '.join(cells)} |")
         lines.append("")
     return lines
+
+
+def _printed_cbr(name: str, row: Row) -> str:
+    """The paper's own figure: for 128 px, its carriers, and JPEG at rate 1/3."""
+    side = round((row["uses"] / row["cbr_complex"] / 3) ** 0.5)
+    plan = PLANS[Scheme.parse(name)]
+    another_rate = plan.rate is not None and plan.rate != USUAL_RATES[plan.carrier]
+    if side != paper.SIDE or another_rate or name in CONTROLS:
+        return paper.MISSING
+    return f"{paper.CBR[plan.carrier]}" if plan.carrier in paper.CBR else paper.MISSING
 
 
 def _digital(results: Results, name: str, channel: str) -> bool:

@@ -63,9 +63,8 @@ class Results:
     @cached_property
     def faces(self) -> str:
         """The main set of faces."""
-        return next(
-            (row["faces"] for row in self.trials if row["part"] != "ood"), self.trials[0]["faces"]
-        )
+        inside = (row["faces"] for row in self.trials if row["part"] != "ood")
+        return str(next(inside, self.trials[0]["faces"]))
 
     @cached_property
     def ood_faces(self) -> str | None:
@@ -186,8 +185,10 @@ class Results:
             return None
         name, theirs = best
         if metric not in ("fd", "kd"):
-            pairs = [torch.tensor([row[metric] for row in rows]) for rows in (mine, theirs)]
-            return name, gain_figure(*pairs)
+            ours, others = (
+                torch.tensor([float(row[metric]) for row in rows]) for rows in (mine, theirs)
+            )
+            return name, gain_figure(ours, others)
         return name, self._set_gain(metric, mine, theirs)
 
     def _set_gain(self, metric: str, mine: Sequence[Row], theirs: Sequence[Row]) -> Figure:

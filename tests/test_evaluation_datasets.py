@@ -23,7 +23,10 @@ def _picture(path: Path, width: int, height: int, seed: int = 0) -> Tensor:
     draws = torch.Generator().manual_seed(seed)
     small = torch.randint(0, 256, (5, 4, 3), generator=draws, dtype=torch.uint8)
     picture = Image.fromarray(small.numpy()).resize((width, height), Image.Resampling.BICUBIC)
-    picture.save(path, **({"quality": 100, "subsampling": 0} if path.suffix == ".jpg" else {}))
+    if path.suffix == ".jpg":
+        picture.save(path, quality=100, subsampling=0)
+    else:
+        picture.save(path)
     with Image.open(path) as stored:
         data = bytearray(stored.convert("RGB").tobytes())
     return torch.frombuffer(data, dtype=torch.uint8).reshape(height, width, 3).permute(2, 0, 1)

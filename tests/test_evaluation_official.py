@@ -8,7 +8,7 @@ import torch
 import torchmetrics.functional.image.lpips as reference
 from torch import nn
 
-from evaluation.official import FILES, FidInception, Lpips, Official, _alexnet, _vgg16
+from evaluation.official import FILES, Backbone, FidInception, Lpips, Official, _alexnet, _vgg16
 from shared.errors import InvalidRequest
 
 
@@ -26,7 +26,7 @@ def _write(net: nn.Sequential, path: Path) -> Path:
 
 @pytest.mark.parametrize("name", ["alex", pytest.param("vgg", marks=pytest.mark.slow)])
 def test_lpips_agrees_with_torchmetrics(
-    name: str, tmp_path: Path, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+    name: Backbone, tmp_path: Path, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Same random backbone, same heads: torchmetrics takes its backbone from torchvision."""
     net = _random_backbone(_alexnet if name == "alex" else _vgg16)

@@ -10,10 +10,11 @@ import torch
 
 from channel_sim.channel import Channel, ChannelConfig
 from evaluation.candidates import OURS, RAW, UNMATCHED, steps_name
+from evaluation.claims import judge
 from evaluation.metrics import Figure
-from evaluation.report import judge, write_report
+from evaluation.report import write_report
 from evaluation.results import Results
-from evaluation.sweep import Plan, append_rows, plan_trials, read_rows, run
+from evaluation.sweep import Plan, _peak, append_rows, make_plan, plan_trials, read_rows, run
 from evaluation.trial import (
     NO_CHANNEL,
     ORIGINAL,
@@ -62,7 +63,16 @@ def plan(random_bundle: Path, fake_data: Path, tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture(scope="module")
-def swept(plan: Plan) -> Path:
+def quick() -> Iterator[None]:
+    """Two lengths of inversion instead of six, and no process of its own for every scheme."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("evaluation.sweep.STEPS", (0, 10))
+        patch.setattr("evaluation.sweep._measure_memory", lambda *_: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def swept(plan: Plan, quick: None) -> Path:
     return run(plan)
 
 
@@ -78,9 +88,8 @@ def test_every_cell_has_one_row(swept: Path, plan: Plan, tools: Tools) -> None:
     assert len(main) == len(cells) == 2 * (1 + 1 + 4 * 2 * 2)
     assert {row["scheme"] for row in main} == {ORIGINAL, *SCHEMES}
     changed = {row["scheme"] for row in rows if row["part"] == "changes"}
-    assert {RAW, UNMATCHED, steps_name(0), steps_name(110)} <= changed
+    assert {RAW, UNMATCHED, steps_name(0), steps_name(10)} <= changed
     assert OURS not in changed  # measured in the main part already
-    assert {row["scheme"] for row in rows if row["part"] == "memory"} == set(SCHEMES)
     for row in main:
         assert row["bundle"] == tools.bundle.digest
         assert "edgeface" in row["embeddings"] or "error" in row
@@ -212,7 +221,7 @@ def test_report_has_tables_and_figures(swept: Path, plan: Plan, tmp_path: Path) 
 
 
 def test_rows_of_other_weights_are_not_reported(swept: Path, plan: Plan, tmp_path: Path) -> None:
-    rows = [{**row, "bundle": "0" * 64} for row in read_rows(swept) if "bundle" in row]
+    rows = [{**row, "bundle": "0" * 64} for row in read_rows(swept)]
     append_rows(tmp_path / "rows.jsonl", rows)
     with pytest.raises(InvalidRequest, match="000000000000"):
         write_report(Plan(**{**vars(plan), "folder": tmp_path}), tmp_path)
@@ -227,27 +236,39 @@ def test_verdicts_claim_no_more_than_the_interval() -> None:
     assert judge(None, 0.40) == "not measured"
 
 
+def test_what_a_command_line_leaves_out_has_a_default() -> None:
+    plan = make_plan(limit=None, workers=None, quality="fast", seed=3, ood=None)
+    assert (plan.limit, plan.workers, plan.fewer) == (100, os.cpu_count(), 25)
+    assert (plan.conditions.quality, plan.conditions.seed, plan.ood) == ("fast", 3, None)
+    assert make_plan(limit=8).fewer == 2
+
+
 @pytest.mark.parametrize("option", ["limit", "workers", "sentences"])
 def test_a_plan_needs_at_least_one_of_everything(option: str) -> None:
     with pytest.raises(InvalidRequest, match=f"{option} is 0"):
-        Plan(**{option: 0})
+        make_plan(**{option: 0})  # type: ignore[arg-type]
     with pytest.raises(InvalidRequest, match="fog"):
         Conditions(channels=("fog",))
 
 
 @pytest.mark.slow
-def test_workers_give_the_rows_of_one_process(
-    swept: Path, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
-    two = run(Plan(**{**vars(plan), "folder": tmp_path, "workers": 2}))
-    ours = {row["key"]: row for row in read_rows(swept)}
-    theirs = {row["key"]: row for row in read_rows(two)}
+def test_workers_give_the_rows_of_one_process(swept: Path, plan: Plan, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", os.environ["OMP_NUM_THREADS"])  # `run` changes it
+        two = run(Plan(**{**vars(plan), "folder": tmp_path, "workers": 2, "changes": False}))
+    ours = {row["key"]: row for row in read_rows(swept) if row["part"] == "main"}
+    theirs = {row["key"]: row for row in read_rows(two) if row["part"] == "main"}
     assert set(ours) == set(theirs)
     for key, row in ours.items():
         for metric in ("perceptual", "psnr_db", "ber"):
             if row.get(metric) is not None:
                 assert theirs[key][metric] == pytest.approx(row[metric], abs=1e-3), key
+
+
+@pytest.mark.slow
+def test_memory_is_measured_in_a_process_of_its_own(plan: Plan) -> None:
+    found = _peak(plan, OURS)
+    assert 100 < found["memory_mib"] < 20_000
 
 
 @pytest.mark.slow
