@@ -211,7 +211,7 @@ class RawLatent(BaseScheme):
         return self.editor.transmitter.generator.config.w_dim // 2
 
     @property
-    def cbr_printed(self) -> float:
+    def cbr_printed(self) -> float | None:
         return self.cbr().paper
 
     def transmit(

@@ -109,9 +109,8 @@ def bandwidth_page(results: Results) -> list[str]:
     """CBR: the paper's count, the one its schemes really need, headers and CRC included."""
     lines = ["# Channel bandwidth", ""]
     lines += [
-        "Real numbers sent per real number of the picture, 2 n / 3HW. `printed`: as the paper"
-        " counts"
-        " (for JPEG it multiplies by the code rate where a code needs its inverse). `honest`: every"
+        "Real numbers sent per real number of the picture, 2 n / 3HW. `printed`: as the paper counts"
+        " (for JPEG it multiplies by the code rate, where a code divides). `honest`: every"
         " channel use, CRC, padding and headers included; perfect CSI needs no pilots. `complex`:"
         " channel uses, half of it.",
         "",
@@ -125,8 +124,10 @@ def bandwidth_page(results: Results) -> list[str]:
         row = rows[0]
         # A pilot is a use: 8 of them, as `estimated` CSI sends before every block.
         pilots = row["cbr"] * (row["uses"] + 8) / row["uses"]
+        counted = row["cbr_printed"]
+        like_paper = paper.MISSING if counted is None else f"{counted:.4f}"
         lines.append(
-            f"| {name} | {_printed_cbr(name, row)} | {row['cbr_printed']:.4f} | {row['cbr']:.4f} | "
+            f"| {name} | {_printed_cbr(name, row)} | {like_paper} | {row['cbr']:.4f} | "
             f"{row['cbr_complex']:.4f} | {row['uses']} | {row['header_uses']} | {pilots:.4f} |"
         )
     for name, share in results.unreachable().items():
