@@ -31,6 +31,7 @@ from shared.schemes import PLANS, USUAL_RATES, Scheme
 ENOUGH: Final = 50  # faces
 COMMAND: Final = "edsc evaluate --suite paper"
 _QUALITY: Final = ("perceptual", "fd", "kd", "psnr_db", "ms_ssim", "identity")
+_OFFICIAL: Final = ("lpips_alex", "lpips_vgg")  # of rows that have them
 _EDITING: Final = ("hit", "moved", "drift")
 
 
@@ -74,7 +75,7 @@ def quality_page(results: Results) -> list[str]:
     lines = ["# Quality against SNR", "", *_about(results), ""]
     for channel in results.channels:
         lines += [f"## {channel}", "", f"![{channel}](quality-{channel}.png)", ""]
-        for metric in (*_QUALITY, *_EDITING):
+        for metric in (*_QUALITY, *_OFFICIAL, *_EDITING):
             lines += _snr_table(results, metric, results.names(channel=channel), channel)
     lines += ["## Beside the paper", ""]
     lines += ["| -6 dB, AWGN | paper: LPIPS | FID | KID | here: perceptual | fd | kd |"]
@@ -109,7 +110,7 @@ def bandwidth_page(results: Results) -> list[str]:
     """CBR: the paper's count, the one its schemes really need, headers and CRC included."""
     lines = ["# Channel bandwidth", ""]
     lines += [
-        "Real numbers sent per real number of the picture, 2 n / 3HW. `printed`: as the paper counts"
+        "Real numbers sent per real number of the picture, 2 n / 3HW. `printed`: by the paper's way"
         " (for JPEG it multiplies by the code rate, where a code divides). `honest`: every"
         " channel use, CRC, padding and headers included; perfect CSI needs no pilots. `complex`:"
         " channel uses, half of it.",

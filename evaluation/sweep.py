@@ -17,6 +17,7 @@ import os
 import queue
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -377,10 +378,13 @@ def _measure_memory(plan: Plan, schemes: Sequence[str], path: Path) -> None:
     """One row a scheme: the peak memory of a fresh process that ran it once."""
     there = {str(row["key"]) for row in read_rows(path)}
     # Code rates differ in nothing that takes memory.
-    for name in (n for n in schemes if "-r" not in n.replace(OURS, "")):
-        key = f"memory|{name}|{plan.conditions.quality}"
-        if key not in there:
-            append_rows(path, [{"key": key, "part": "memory", "scheme": name, **_peak(plan, name)}])
+    usual = [name for name in schemes if "-r" not in name.replace(OURS, "")]
+    keys = {name: f"memory|{name}|{plan.conditions.quality}" for name in usual}
+    wanted = [name for name in usual if keys[name] not in there]
+    with ThreadPoolExecutor(max_workers=plan.workers) as waiters:
+        peaks = waiters.map(lambda name: _peak(plan, name), wanted)
+        for name, peak in zip(wanted, peaks, strict=True):
+            append_rows(path, [{"key": keys[name], "part": "memory", "scheme": name, **peak}])
 
 
 def _peak(plan: Plan, name: str) -> Mapping[str, float]:

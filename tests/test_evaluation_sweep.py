@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from channel_sim.channel import Channel, ChannelConfig
+from edsc.cli import app
 from evaluation.candidates import OURS, RAW, UNMATCHED, steps_name
 from evaluation.claims import judge
 from evaluation.metrics import Figure
@@ -234,6 +236,14 @@ def test_verdicts_claim_no_more_than_the_interval() -> None:
     assert judge(Figure(0.5, 0.35, 0.65, 100), 0.40) == "open"
     assert judge(Figure(0.3, 0.25, 0.35, 100), 0.40) == "does not hold"
     assert judge(None, 0.40) == "not measured"
+
+
+def test_a_report_without_rows_is_one_line_on_stderr(random_bundle: Path, tmp_path: Path) -> None:
+    options = ["--suite", "paper", "--report", "--weights", str(random_bundle)]
+    done = CliRunner().invoke(app, ["evaluate", *options, "--rows", str(tmp_path)])
+    assert done.exit_code == 2
+    assert done.stderr.startswith("edsc: there are no rows to report on")
+    assert done.stderr.count("\n") == 1
 
 
 def test_what_a_command_line_leaves_out_has_a_default() -> None:
