@@ -19,6 +19,11 @@ FACES = 60
 OTHERS = ("edit+deepsc", "edit+jpeg-ldpc")
 
 
+@pytest.fixture(autouse=True)
+def _few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("evaluation.results._RESAMPLES", 40)
+
+
 def _row(image: int, scheme: str, snr_db: float | None, **values: Any) -> Row:
     return {
         "key": f"{image}{scheme}{snr_db}",

@@ -200,6 +200,7 @@ def test_shipped_reader_understands_every_sentence(bundle_folder: Path) -> None:
         assert (edit.attribute, edit.direction) == (attribute, direction), sentence
 
 
+@pytest.mark.slow
 def test_report_has_tables_and_figures(swept: Path, plan: Plan, tmp_path: Path) -> None:
     written = write_report(plan, tmp_path)
     names = {path.name for path in written}
