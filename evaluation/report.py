@@ -132,7 +132,11 @@ def bandwidth_page(results: Results) -> list[str]:
             f"{row['cbr_complex']:.4f} | {row['uses']} | {row['header_uses']} | {pilots:.4f} |"
         )
     for name, share in results.unreachable().items():
-        lines += ["", f"{name}: no stream was small enough for {100 * share:.0f} % of the faces."]
+        lines += [
+            "",
+            f"{name}: no stream was small enough for {100 * share:.0f} % of the faces; its means are"
+            " of the others, and it is no competitor in the claims.",
+        ]
     mine = results.cell(OURS, "awgn", results.snrs_db[0])
     lines.append("")
     for name in results.names():

@@ -300,6 +300,12 @@ def run(plan: Plan, console: Console | None = None) -> Path:
     return path
 
 
+def measure(plan: Plan) -> Iterator[str]:
+    """`run`, and what a command line says of it."""
+    yield str(run(plan))
+    yield "edsc evaluate --suite paper --report draws what is in it"
+
+
 def _tools(plan: Plan) -> Tools:
     return Tools(plan.bundle, plan.data, metric_weights=plan.metric_weights, commit=commit())
 
