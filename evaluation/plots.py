@@ -5,7 +5,8 @@ bounds.png            what is left of the latent: measured, linear, rate-distort
 outage.png            messages lost by digital schemes, and the least that any code loses
 changes.png           inversion steps, matching, adapters
 time.png              seconds per image by stage
-faces.png             faces of our own generator through every scheme, at the lowest SNR
+faces-low.png         faces of our own generator through every scheme, at the lowest SNR
+faces-high.png        and at the highest
 """
 
 import math
@@ -78,8 +79,10 @@ def draw_all(results: Results, bundle: Bundle, folder: Path, quality: Quality) -
         figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
         buffer.seek(0)
         paths.append(_write_small(Image.open(buffer).convert("RGB"), folder / name))
-    sheet = faces_sheet(bundle, quality, results.snrs_db[0])
-    paths.append(_write_small(sheet, folder / "faces.png"))
+    candidates = Candidates(bundle)
+    for name, snr_db in (("low", results.snrs_db[0]), ("high", results.snrs_db[-1])):
+        sheet = faces_sheet(candidates, quality, snr_db)
+        paths.append(_write_small(sheet, folder / f"faces-{name}.png"))
     return paths
 
 
@@ -263,12 +266,13 @@ def _received(
     return scheme.receive(reception).image
 
 
-def faces_sheet(bundle: Bundle, quality: Quality, snr_db: float, faces: int = 5) -> Image.Image:
+def faces_sheet(
+    candidates: Candidates, quality: Quality, snr_db: float, faces: int = 5
+) -> Image.Image:
     """A row per sampled face: itself, then what arrives by each scheme that the bundle has."""
-    candidates = Candidates(bundle)
     names = []
     for name in _GRID:
-        if "deepsc" in name.split("+") and not bundle.has("deepsc"):
+        if "deepsc" in name.split("+") and not candidates.bundle.has("deepsc"):
             continue
         names.append(name)
     size, head, margin = candidates.transmitter.image_size, 14, 120

@@ -98,10 +98,11 @@ def quality_page(results: Results) -> list[str]:
         "",
         *quality_words(results),
         "",
-        "![faces of nobody](faces.png)",
+        "![faces of nobody at the lowest SNR](faces-low.png)",
+        "![faces of nobody at the highest SNR](faces-high.png)",
         "",
-        "Faces drawn by our own generator, at the lowest SNR; an empty place: no stream is that"
-        " small.",
+        "Faces drawn by our own generator, at the lowest SNR and at the highest; an empty place: no"
+        " stream is that small.",
     ]
     return lines
 
@@ -134,8 +135,8 @@ def bandwidth_page(results: Results) -> list[str]:
     for name, share in results.unreachable().items():
         lines += [
             "",
-            f"{name}: no stream was small enough for {100 * share:.0f} % of the faces; its means are"
-            " of the others, and it is no competitor in the claims.",
+            f"{name}: no stream was small enough for {100 * share:.0f} % of the faces; its means"
+            " are of the others, and it is no competitor in the claims.",
         ]
     mine = results.cell(OURS, "awgn", results.snrs_db[0])
     lines.append("")

@@ -207,7 +207,7 @@ def test_report_has_tables_and_figures(swept: Path, plan: Plan, tmp_path: Path) 
     assert {"README.md", "quality.md", "bandwidth.md", "errors.md", "changes.md", "costs.md"} <= (
         names
     )
-    assert {"quality-awgn.png", "bounds.png", "changes.png", "time.png", "faces.png"} <= names
+    assert {"quality-awgn.png", "bounds.png", "changes.png", "time.png", "faces-low.png"} <= names
     for path in written:
         assert path.stat().st_size < 200_000, path.name
         if path.suffix == ".md":
