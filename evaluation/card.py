@@ -125,8 +125,8 @@ def _link(link: Any) -> Iterator[str]:
     if link["sentences"]:
         yield ""
         yield (
-            "The net was chosen before it was shown these sentences, once. Some of them, short ones,"
-            " stand in the training sentences too (tests/sentences/README.md counts them)."
+            "The net was chosen before it was shown these sentences, once. Some short ones stand in"
+            " the training sentences too (tests/sentences/README.md counts them)."
         )
 
 
