@@ -32,8 +32,8 @@ from gateway.answer import (
     Images,
     Order,
     Quality,
+    StoredEdit,
 )
-from gateway.store import StoredEdit
 from shared.errors import EdscError, InvalidRequest
 from shared.schemes import Scheme
 

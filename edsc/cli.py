@@ -6,7 +6,7 @@ wrong on purpose ends as one line on stderr and status 2.
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from enum import StrEnum
 from functools import wraps
 from pathlib import Path
@@ -30,7 +30,7 @@ from gateway.answer import (
     Order,
     Quality,
 )
-from shared.errors import EdscError, InvalidRequest
+from shared.errors import EdscError, InvalidRequest, Unavailable
 from shared.schemes import Scheme
 from shared.settings import Settings
 
@@ -46,6 +46,7 @@ app = typer.Typer(
 P = ParamSpec("P")
 R = TypeVar("R")
 FAILED: Final = 2
+RESULTS: Final = Path(__file__).resolve().parent.parent / "docs" / "results"
 
 
 class Suite(StrEnum):
@@ -55,6 +56,7 @@ class Suite(StrEnum):
     BUNDLE = "bundle"
     SHEETS = "sheets"
     BENCH = "bench"
+    PAPER = "paper"
 
 
 class RecipeName(StrEnum):
@@ -317,7 +319,7 @@ def evaluate(
     weights: Weights = None,
     data: Annotated[Path | None, typer.Option(help="folder laid out as ../shared/data")] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="link, bundle: only so many photos")
+        int | None, typer.Option(min=1, help="link, bundle, paper: only so many photos")
     ] = None,
     output: Annotated[Path | None, typer.Option("--json", help="link, bundle: JSON report")] = None,
     write: Annotated[
@@ -326,7 +328,7 @@ def evaluate(
     edited: Annotated[int, typer.Option(min=1, help="bundle: of them, faces to edit")] = 60,
     samples: Annotated[int, typer.Option(min=2, help="bundle: sampled faces")] = 5000,
     quality: Annotated[
-        Quality | None, typer.Option(help="bundle: of inversion and edits; otherwise fast")
+        Quality | None, typer.Option(help="of inversion and edits; bundle: fast, paper: balanced")
     ] = None,
     part: Annotated[
         list[str] | None, typer.Option(help="bundle: this part; again for more")
@@ -335,11 +337,38 @@ def evaluate(
         Path | None, typer.Option(help="bundle: another one, with the adapters per SNR")
     ] = None,
     sheets: Annotated[Path, typer.Option(help="sheets: folder to draw into")] = Path("docs"),
+    report: Annotated[
+        bool, typer.Option("--report", help="paper: tables and figures from the rows there are")
+    ] = False,
+    out: Annotated[Path, typer.Option("--out", help="paper: folder for the report")] = RESULTS,
+    rows: Annotated[
+        Path | None, typer.Option("--rows", help="paper: folder of rows.jsonl; outside the tree")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="paper: processes; otherwise one a core")
+    ] = None,
+    faces: Annotated[
+        str, typer.Option(help="paper: celeba128, ood, photos, folder:PATH, celeba:PATH, ...")
+    ] = "celeba128",
+    ood: Annotated[str, typer.Option(help="paper: a second set; empty for none")] = "ood",
+    scheme: Annotated[
+        list[str] | None, typer.Option(help="paper: this scheme; again for more")
+    ] = None,
+    sentences: Annotated[int, typer.Option(min=1, help="paper: sentences per face")] = 1,
+    changes: Annotated[
+        bool, typer.Option(help="paper: also with parts changed: r_inv, matching, adapters")
+    ] = True,
+    seed: Annotated[int, typer.Option(help="paper: of the choice of faces and of noise")] = 0,
+    metric_weights: Annotated[
+        Path | None, typer.Option(help="paper: folder of weights for LPIPS, FID, KID")
+    ] = None,
     arguments: Annotated[
         list[str] | None, typer.Argument(help="bench: passed on to it; try -- --help")
     ] = None,
 ) -> None:
-    """Measure a bundle against its bars, the link on photographs, speed; draw sheets of edits."""
+    """Measure a bundle against its bars, the link on photographs, speed; draw sheets of edits;
+    `paper`: every scheme at every SNR, resumable, then its tables and figures with --report.
+    """
     if suite is Suite.BENCH:
         from evaluation.bench import main
 
@@ -362,12 +391,39 @@ def evaluate(
             parts=tuple(part) if part else bundle_suite.PARTS,
         )
         lines = bundle_suite.measure(weights, data, options, output=output, write=write)
+    elif suite is Suite.PAPER:
+        from evaluation.sweep import make_plan, measure
+
+        plan = make_plan(
+            bundle=weights,
+            data=data,
+            folder=rows,
+            faces=faces,
+            ood=ood or None,
+            limit=limit,
+            sentences=sentences,
+            schemes=None if scheme is None else tuple(scheme),
+            changes=changes,
+            workers=workers,
+            metric_weights=metric_weights,
+            quality="balanced" if quality is None else quality.value,
+            seed=seed,
+        )
+        lines = _report(plan, out) if report else measure(plan)
     else:
         from evaluation import link_suite
 
         lines = link_suite.measure(weights, data, limit=limit, output=output, write=write)
     for line in lines:
         typer.echo(line)
+
+
+def _report(plan: Any, out: Path) -> Iterator[str]:
+    try:
+        from evaluation.report import write_report
+    except ModuleNotFoundError as error:
+        raise Unavailable(f"the report wants the `eval` extra: {error}") from error
+    yield from map(str, write_report(plan, out))
 
 
 @app.command()

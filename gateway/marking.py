@@ -18,6 +18,7 @@ from typing import Any, Final
 
 from gateway.answer import EditAnswer
 from shared.errors import EdscError
+from shared.schemes import PLANS
 
 SIGNATURE: Final = b"\x89PNG\r\n\x1a\n"
 SOFTWARE: Final = "Editable-DeepSC"
@@ -92,10 +93,26 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
     return len(data).to_bytes(4, "big") + body + zlib.crc32(body).to_bytes(4, "big")
 
 
-def how(answer: EditAnswer) -> str:
+def is_generated(answer: EditAnswer, picture: str) -> bool:
+    """Whether the generator drew this picture: what it carries is a latent, or it was edited.
+
+    JPEG, AVIF and the learned codec carry the photograph itself; the editor redraws it, before the
+    channel or after.
+    """
+    plan = PLANS[answer.scheme]
+    if picture == "aligned":
+        return False
+    if plan.carrier == "latent":
+        return True
+    return answer.edit is not None and (plan.edit == "before" or picture == "received")
+
+
+def how(answer: EditAnswer, picture: str = "received") -> str:
     """The edit and the channel in a sentence; the user's own words are not in it."""
     edit, done = answer.edit, "Face edited by a generative model"
-    if edit is None:
+    if not is_generated(answer, picture):
+        done = f"Photograph carried by {answer.scheme.value}, neither edited nor generated"
+    elif edit is None:
         done = "Face redrawn by a generative model, not edited"
     else:
         degrees = answer.degrees
@@ -128,9 +145,15 @@ def texts_for(answer: EditAnswer, picture: str) -> dict[str, str]:
         "scheme": answer.scheme.value,
         "bundle_digest": answer.bundle_digest,
     }
+    if not is_generated(answer, picture):
+        return {
+            "Software": SOFTWARE,
+            "Description": how(answer, picture),
+            "edsc": json.dumps(facts, sort_keys=True),
+        }
     return {
         "Software": SOFTWARE,
-        "Description": how(answer),
+        "Description": how(answer, picture),
         "Warning": WARNING,
         "Source": f"StyleGAN2, weights {answer.bundle_digest or 'unknown'}",
         "edsc": json.dumps(facts, sort_keys=True),

@@ -122,7 +122,8 @@ def _with_moments(mean: Tensor, root: Tensor, count: int, generator: torch.Gener
     x = torch.randn(count, len(mean), generator=generator, dtype=torch.float64)
     x = x - x.mean(0)
     white = torch.linalg.inv(torch.linalg.cholesky(x.T @ x / (count - 1)))
-    return mean + x @ white.T @ root.T
+    made: Tensor = mean + x @ white.T @ root.T
+    return made
 
 
 def test_frechet_distance_of_gaussians_is_its_closed_form(generator: torch.Generator) -> None:

@@ -10,6 +10,7 @@ from PIL import Image, PngImagePlugin
 from gateway.answer import ChannelName, EditRead, StoredEdit
 from gateway.marking import SIGNATURE, WARNING, XMP_KEYWORD, chunks, how, marked, texts_of
 from shared.errors import EdscError
+from shared.schemes import Scheme
 from tests.test_gateway_store import answer
 
 
@@ -75,6 +76,28 @@ def test_what_was_not_edited_does_not_say_so() -> None:
     aligned = texts_of(marked(plain.answer, plain.pictures)["aligned"])
     assert "nothing in it was edited" in aligned["Description"]
     assert "Warning" not in aligned
+
+
+@pytest.mark.parametrize(
+    ("scheme", "edit", "sent", "received"),
+    [
+        (Scheme.EDIT_JPEG, True, True, True),
+        (Scheme.JPEG_EDIT, True, False, True),
+        (Scheme.EDIT_DEEPSC, False, False, False),
+        (Scheme.AVIF_EDIT, False, False, False),
+        (Scheme.PCA_LMMSE, False, True, True),
+    ],
+)
+def test_only_what_the_generator_drew_is_called_generated(
+    scheme: Scheme, edit: bool, sent: bool, received: bool
+) -> None:
+    done = edited(scheme=scheme) if edit else edited(scheme=scheme, edit=None)
+    pictures = marked(done.answer, done.pictures)
+    for name, drawn in (("sent", sent), ("received", received)):
+        texts = texts_of(pictures[name])
+        assert ("Warning" in texts, XMP_KEYWORD in texts) == (drawn, drawn)
+        assert ("neither edited nor generated" in texts["Description"]) is not drawn
+        assert json.loads(texts["edsc"])["scheme"] == scheme.value
 
 
 def test_fading_is_named_where_there_is_some() -> None:

@@ -24,13 +24,13 @@ from gateway.answer import (
     EditAnswer,
     Fading,
     Quality,
-    Scheme,
     StoredEdit,
     images_at,
 )
 from gateway.ledger import SCHEMA, Ledger, NewEdit, State
 from gateway.store import EditStore, Files, Retention, fingerprint_of, state_folder
 from shared.errors import Conflict, InvalidRequest, NotFound, Unavailable
+from shared.schemes import Scheme
 from shared.settings import Settings
 
 PHOTO = b"a face"
