@@ -146,9 +146,6 @@ class Settings(BaseSettings):
         le=86_400,
         description="how long an edit that nobody waits for is tried while services are busy",
     )
-    max_in_flight: int = Field(
-        default=32, ge=1, le=4096, description="edits under way at a gateway before 429"
-    )
 
     api_keys: Path | None = Field(
         default=None, description="file of API keys (gateway/keys.py); unset: no key is asked for"
