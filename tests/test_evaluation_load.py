@@ -34,6 +34,7 @@ from evaluation.outcomes import LoadReport, Outcome, percentiles, quality_by_snr
 from gateway.answer import ChannelName, Order, Quality
 from shared.errors import InvalidRequest, Unavailable
 from shared.settings import Settings
+from shared.tracing import Tracing
 
 ROOT = Path(__file__).resolve().parent.parent
 PHOTO = Photo("face.png", b"not looked at")
@@ -276,6 +277,7 @@ def test_the_form_is_the_gateways(monkeypatch: pytest.MonkeyPatch) -> None:
 
     class Recorder:
         settings = Settings()
+        tracing = Tracing.off()
         deadline_s = 5.0
 
         async def edit(self, edit_id: str, photo: bytes, order: Order, **more: Any) -> Any:
