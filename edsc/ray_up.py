@@ -17,9 +17,8 @@ import httpx
 
 from edsc.cluster import MOST_WORKERS, ROOT
 from edsc.service import SERVICES, ray_services
-from edsc.up import START_S, print_log
-from shared.errors import InvalidRequest, Unavailable
-from shared.rpc import GrpcService
+from edsc.up import START_S, parse_counts, print_log
+from shared.errors import Unavailable
 from shared.settings import ServiceName, Settings
 
 
@@ -115,24 +114,9 @@ class Gateway:
 
 def up_on_ray(settings: Settings, replicas: str = "", *, free_ports: bool = False) -> NoReturn:
     """Serve from a cluster until a signal comes (Interrupted) or the gateway dies (Unavailable)."""
-    counts = parse_counts(replicas)
+    counts = parse_counts(replicas, SERVICES, MOST_WORKERS)
     with ray_services(settings, counts) as there, Gateway(there, free_port=free_ports) as gateway:
         print(f"the page is at {gateway.url}  (Ctrl-C ends)", flush=True)
         while True:
             gateway.check()
             time.sleep(0.25)
-
-
-def parse_counts(text: str) -> dict[GrpcService, int]:
-    """`transmitter=2,receiver=2` -> replicas. Raises InvalidRequest for anything else."""
-    counts: dict[GrpcService, int] = {}
-    for part in filter(None, text.split(",")):
-        name, _, count = part.strip().partition("=")
-        service = next((one for one in SERVICES if one == name), None)
-        if service is None or not count.isdecimal() or not 1 <= int(count) <= MOST_WORKERS:
-            raise InvalidRequest(
-                f"replicas has {part!r}; expected SERVICE=1..{MOST_WORKERS} with one of "
-                f"{', '.join(SERVICES)}"
-            )
-        counts[service] = int(count)
-    return counts

@@ -29,7 +29,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Final, Literal, Self
+from typing import Final, Literal, Self, TypeVar
 
 import httpx
 
@@ -49,6 +49,7 @@ MODULES: Final[Mapping[ServiceName, str]] = {
 SERVICES: Final[tuple[ServiceName, ...]] = ("transmitter", "channel", "receiver", "gateway")
 START_S: Final = 120.0  # weights from a cold disk, four imports of torch on two cores
 MOST_REPLICAS: Final = 64
+NameT = TypeVar("NameT", bound=str)
 LAST_WORDS: Final = 30  # lines kept of each process
 SPARE_S: Final = 5.0  # on top of the drain, before a process is killed
 SETTLE_S: Final = 1.5  # before a client is sure to have found a process that came back
@@ -424,14 +425,22 @@ def print_log(name: str, line: str) -> None:
 
 def parse_replicas(text: str) -> dict[ServiceName, int]:
     """`transmitter=2,receiver=2` -> counts. Raises InvalidRequest for anything else."""
-    counts: dict[ServiceName, int] = {}
+    return parse_counts(text, tuple(MODULES), MOST_REPLICAS)
+
+
+def parse_counts(text: str, services: Sequence[NameT], most: int) -> dict[NameT, int]:
+    """`NAME=COUNT,...` -> counts of 1..most for some of the services.
+
+    Raises InvalidRequest for anything else.
+    """
+    counts: dict[NameT, int] = {}
     for part in filter(None, text.split(",")):
         name, _, count = part.strip().partition("=")
-        service = next((one for one in MODULES if one == name), None)
-        if service is None or not count.isdecimal() or not 1 <= int(count) <= MOST_REPLICAS:
+        service = next((one for one in services if one == name), None)
+        if service is None or not count.isdecimal() or not 1 <= int(count) <= most:
             raise InvalidRequest(
-                f"replicas has {part!r}; expected SERVICE=1..{MOST_REPLICAS} with one of "
-                f"{', '.join(MODULES)}"
+                f"replicas has {part!r}; expected SERVICE=1..{most} with one of "
+                f"{', '.join(services)}"
             )
         counts[service] = int(count)
     return counts

@@ -18,8 +18,9 @@ from typer.testing import CliRunner
 from edsc.batch import run_batch
 from edsc.cli import app
 from edsc.cluster import Engine, Map, fan_out
-from edsc.ray_up import parse_counts
+from edsc.up import parse_counts
 from shared.errors import InvalidRequest, NoFaceFound, Unavailable
+from shared.rpc import GrpcService
 
 
 def raised_to(exponent: int, base: int) -> int:
@@ -95,13 +96,13 @@ def test_a_gateway_and_a_cluster_are_one_or_the_other(tmp_path: Path) -> None:
 
 
 def test_replicas_are_read() -> None:
-    assert parse_counts("transmitter=2, receiver=3") == {"transmitter": 2, "receiver": 3}
-    assert parse_counts("") == {}
-    for wrong in ("transmitter", "gateway=2", "transmitter=0", "transmitter=-1", "receiver=two"):
-        with pytest.raises(InvalidRequest, match="expected"):
-            parse_counts(wrong)
-    result = CliRunner().invoke(app, ["up", "--replicas", "transmitter=2"])
-    assert result.exit_code == 2
+    services: tuple[GrpcService, ...] = ("transmitter", "receiver")
+    counts = {"transmitter": 2, "receiver": 3}
+    assert parse_counts("transmitter=2, receiver=3", services, 4) == counts
+    assert parse_counts("", services, 4) == {}
+    for wrong in ("transmitter", "gateway=2", "transmitter=0", "transmitter=5", "receiver=two"):
+        with pytest.raises(InvalidRequest, match=r"expected SERVICE=1\.\.4"):
+            parse_counts(wrong, services, 4)
 
 
 # --------------------------------------------------------------------------------------- with Ray
