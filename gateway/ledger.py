@@ -184,7 +184,8 @@ def open_engine(url: str) -> Engine:
         connection.isolation_level = None  # pysqlite would begin transactions too late by itself
         for pragma in (
             "journal_mode=WAL",
-            "synchronous=FULL",  # committed means on the disk, also when the power goes
+            # Survives whatever becomes of this process; the last moments before a power cut may go.
+            "synchronous=NORMAL",
             "foreign_keys=ON",
             "secure_delete=ON",  # what is deleted is overwritten, not just unlinked
         ):

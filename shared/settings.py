@@ -68,7 +68,7 @@ class Settings(BaseSettings):
         description="requests of a lane in progress at once, which share passes; 1: no batching",
     )
     max_delay_ms: float = Field(
-        default=2.0,
+        default=0.0,
         ge=0,
         le=1000,
         description="how long the first request after a pause waits for others to share with",
