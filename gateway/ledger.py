@@ -184,8 +184,7 @@ def open_engine(url: str) -> Engine:
         connection.isolation_level = None  # pysqlite would begin transactions too late by itself
         for pragma in (
             "journal_mode=WAL",
-            # Survives whatever becomes of this process; the last moments before a power cut may go.
-            "synchronous=NORMAL",
+            "synchronous=NORMAL",  # outlives this process; a power cut may take the last moments
             "foreign_keys=ON",
             "secure_delete=ON",  # what is deleted is overwritten, not just unlinked
         ):
