@@ -343,14 +343,9 @@ class Desk:
     async def _run(self, job: _Job, photo: bytes, order: Order) -> StoredEdit:
         entry = job.entry
         try:
-            # The row says "running" while the link is already at work: nobody waits for that write.
-            begun = asyncio.ensure_future(self.store.begin(entry.id, self.limits.lease_s))
-            try:
-                done = await self._through(job, photo, order)
-            finally:
-                await asyncio.shield(asyncio.gather(begun, return_exceptions=True))
-            if not begun.result():
+            if not await self.store.begin(entry.id, self.limits.lease_s):
                 raise NotFound(f"edit {entry.id} was deleted before it began")
+            done = await self._through(job, photo, order)
             done = self._finished(job, done)
         except asyncio.CancelledError:
             if self._closing:

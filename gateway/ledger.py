@@ -184,7 +184,7 @@ def open_engine(url: str) -> Engine:
         connection.isolation_level = None  # pysqlite would begin transactions too late by itself
         for pragma in (
             "journal_mode=WAL",
-            "synchronous=NORMAL",  # outlives this process; a power cut may take the last moments
+            "synchronous=FULL",  # committed means on the disk, also when the power goes
             "foreign_keys=ON",
             "secure_delete=ON",  # what is deleted is overwritten, not just unlinked
         ):
