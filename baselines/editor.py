@@ -85,6 +85,14 @@ class Editor:
         """Side of the square pictures, px."""
         return self.transmitter.image_size
 
+    def inversion_steps(self, quality: Quality) -> int:
+        """Steps of Eq. (8) that this quality takes. Raises InvalidRequest for an unknown one."""
+        if quality not in INVERSION_STEPS:
+            raise InvalidRequest(
+                f"quality is {quality!r}; expected one of {', '.join(INVERSION_STEPS)}"
+            )
+        return INVERSION_STEPS[quality]
+
     def latent(
         self, face: Tensor, edit: Edit | None, quality: Quality, watch: Watch | None = None
     ) -> tuple[Tensor, Degrees | None]:
@@ -93,18 +101,14 @@ class Editor:
         face: [1, 3, S, S] in [-1, 1]. edit: None inverts only, and the degrees are None.
         """
         watch = watch or Watch()
-        if quality not in INVERSION_STEPS:
-            raise InvalidRequest(
-                f"quality is {quality!r}; expected one of {', '.join(INVERSION_STEPS)}"
-            )
-        nets = self.transmitter
+        steps, nets = self.inversion_steps(quality), self.transmitter
         with watch("invert"):
             w = invert(
                 face.to(nets.device),
                 nets.encoder,
                 nets.generator,
                 nets.predictor,
-                INVERSION_STEPS[quality],
+                steps,
                 cancelled=watch.cancelled,
             )
         if edit is None:

@@ -201,20 +201,20 @@ class BaseScheme:
         return None
 
 
-class LatentScheme(BaseScheme):
-    """The edited latent over a joint source-channel code: Editable-DeepSC, and its closed form."""
-
-    def __init__(self, plan: Plan, editor: Editor, adapters: Adapters) -> None:
-        self.plan, self.editor = plan, editor
-        self.adapters = adapters.to(editor.transmitter.device).eval().requires_grad_(False)
-
-    @property
-    def uses(self) -> int:
-        return self.adapters.config.latent // 2
+class LatentLink(BaseScheme):
+    """The edited latent as symbols, and back: `encode` and `decode` say how."""
 
     @property
     def cbr_printed(self) -> float | None:
         return self.cbr().paper if self.plan.scheme is Scheme.EDITABLE_DEEPSC else None
+
+    def encode(self, w: Tensor, snr_db: float) -> Tensor:
+        """w [1, k] -> symbols [1, n] of mean power 1, on the CPU."""
+        raise NotImplementedError
+
+    def decode(self, reception: Reception) -> Tensor:
+        """What arrived -> w_hat [1, k] on the editor's device."""
+        raise NotImplementedError
 
     def transmit(
         self,
@@ -227,21 +227,41 @@ class LatentScheme(BaseScheme):
         watch = watch or Watch()
         w, degrees = self.editor.latent(face, edit, quality, watch)
         with watch("encode"), torch.no_grad():
-            symbols = self.adapters.encoder(w, snr_db).cpu()  # [1, n]
+            symbols = self.encode(w, snr_db)
         picture = self.editor.draw(w)
         return Sent(symbols, picture, degrees or Degrees(after=self.editor.degrees(picture)))
 
     def receive(self, reception: Reception, watch: Watch | None = None) -> Got:
         watch = watch or Watch()
         _check_uses(reception, self.uses)
-        device = self.editor.transmitter.device
         with watch("decode"), torch.no_grad():
-            x_hat, snr_db = equalise(reception)
-            sent_snr_db = noise_variance_to_snr_db(reception.noise_variance)
-            w_hat = self.adapters.decoder(
-                x_hat.to(device), snr_db.to(device), sent_snr_db.to(device)
-            )
+            w_hat = self.decode(reception)
         return Got(self.editor.draw(w_hat, watch))
+
+
+class LatentScheme(LatentLink):
+    """A joint source-channel code of adapters: Editable-DeepSC, and its closed form."""
+
+    def __init__(self, plan: Plan, editor: Editor, adapters: Adapters) -> None:
+        self.plan, self.editor = plan, editor
+        self.adapters = adapters.to(editor.transmitter.device).eval().requires_grad_(False)
+
+    @property
+    def uses(self) -> int:
+        return self.adapters.config.latent // 2
+
+    def encode(self, w: Tensor, snr_db: float) -> Tensor:
+        symbols: Tensor = self.adapters.encoder(w, snr_db).cpu()
+        return symbols
+
+    def decode(self, reception: Reception) -> Tensor:
+        device = self.editor.transmitter.device
+        x_hat, snr_db = equalise(reception)
+        sent_snr_db = noise_variance_to_snr_db(reception.noise_variance)
+        w_hat: Tensor = self.adapters.decoder(
+            x_hat.to(device), snr_db.to(device), sent_snr_db.to(device)
+        )
+        return w_hat
 
 
 class PictureScheme(BaseScheme):

@@ -24,15 +24,14 @@ from torch import Tensor
 from baselines.carriers import CodedCarrier
 from baselines.coherent import equalise
 from baselines.editor import Degrees, Editor, Watch
-from baselines.schemes import BaseScheme, Got, LatentScheme, PictureScheme, Schemes, Sent
+from baselines.schemes import BaseScheme, LatentLink, LatentScheme, PictureScheme, Schemes
 from shared.adapters import NET_PER_SNR, Adapters
 from shared.attributes import Edit
 from shared.bundle import Bundle
 from shared.errors import InvalidRequest
 from shared.schemes import PLANS, Scheme
 from shared.symbols import Reception, normalise_power, to_complex, to_real
-from transmitter.editing import Quality, match
-from transmitter.inversion import invert
+from transmitter.editing import Quality
 from transmitter.pipeline import Transmitter
 
 OURS: Final = Scheme.EDITABLE_DEEPSC.value
@@ -127,32 +126,9 @@ class SteppedEditor(RememberingEditor):
     def _kind(self) -> str:
         return f"{self.steps} steps"
 
-    def _latent(
-        self, face: Tensor, edit: Edit | None, quality: Quality, watch: Watch
-    ) -> tuple[Tensor, Degrees | None]:
-        nets = self.transmitter
-        with watch("invert"):
-            w = invert(
-                face.to(nets.device), nets.encoder, nets.generator, nets.predictor, self.steps
-            )
-        if edit is None:
-            return w, None
-        with watch("edit"):
-            found = match(
-                w,
-                edit,
-                generator=nets.generator,
-                fields=nets.fields,
-                predictor=nets.predictor,
-                limits=quality,
-            )
-        return found.w, Degrees(
-            after=tuple(int(d) for d in found.after),
-            before=tuple(int(d) for d in found.before),
-            expected=found.expected,
-            reached=found.reached,
-            match_steps=found.steps,
-        )
+    def inversion_steps(self, quality: Quality) -> int:
+        """The given number, whatever the quality; it still limits the walk."""
+        return self.steps
 
 
 class UnmatchedEditor(RememberingEditor):
@@ -200,7 +176,7 @@ def _aim(cuts: list[float], degree: int) -> float:
     return (cuts[degree - 1] + cuts[degree]) / 2
 
 
-class RawLatent(BaseScheme):
+class RawLatent(LatentLink):
     """Editable-DeepSC without adapters: the latent's own numbers on the air, as a frozen system."""
 
     def __init__(self, editor: Editor) -> None:
@@ -210,36 +186,15 @@ class RawLatent(BaseScheme):
     def uses(self) -> int:
         return self.editor.transmitter.generator.config.w_dim // 2
 
-    @property
-    def cbr_printed(self) -> float | None:
-        return self.cbr().paper
+    def encode(self, w: Tensor, snr_db: float) -> Tensor:
+        """w [1, k] -> symbols [1, n]; there is nothing that could follow the SNR."""
+        del snr_db
+        return normalise_power(to_complex(w.cpu()))
 
-    def transmit(
-        self,
-        face: Tensor,
-        edit: Edit | None,
-        snr_db: float,
-        quality: Quality,
-        watch: Watch | None = None,
-    ) -> Sent:
-        del snr_db  # there is nothing that could follow it
-        watch = watch or Watch()
-        w, degrees = self.editor.latent(face, edit, quality, watch)
-        with watch("encode"):
-            symbols = normalise_power(to_complex(w.cpu()))  # [1, n]
-        picture = self.editor.draw(w)
-        return Sent(symbols, picture, degrees or Degrees(after=self.editor.degrees(picture)))
-
-    def receive(self, reception: Reception, watch: Watch | None = None) -> Got:
-        watch = watch or Watch()
-        if tuple(reception.y.shape) != (1, self.uses):
-            raise InvalidRequest(
-                f"message has shape {list(reception.y.shape)}; expected [1, {self.uses}]"
-            )
-        with watch("decode"):
-            x_hat, _ = equalise(reception)
-            w_hat = math.sqrt(2) * to_real(x_hat)  # |w|^2 = k, so unit power undoes itself
-        return Got(self.editor.draw(w_hat.to(self.editor.transmitter.device), watch))
+    def decode(self, reception: Reception) -> Tensor:
+        """What arrived -> w_hat [1, k]: |w|^2 = k, so unit power undoes itself."""
+        x_hat, _ = equalise(reception)
+        return (math.sqrt(2) * to_real(x_hat)).to(self.editor.transmitter.device)
 
 
 class Candidates:

@@ -289,19 +289,18 @@ class Synthesis(nn.Module):
         if self.draft is not None:
             with torch.autocast(w.device.type, enabled=False):  # 8 bits would be seen in a sky
                 draft = self.draft(w[:, 2 * self.draft_level + 1].float())
-            x = self._shown(0, draft, x)
-        x = self.layers[0](x, w[:, 0])
-        rgb: Tensor = self.to_rgb[0](x, w[:, 1])
-        if draft is not None and self.draft_level == 0:
-            rgb = rgb + draft
-        for level in range(1, len(self.to_rgb)):
-            x = self.layers[2 * level - 1](x, w[:, 2 * level - 1])
+        rgb: Tensor | None = None
+        for level, to_rgb in enumerate(self.to_rgb):
+            if level > 0:
+                x = self.layers[2 * level - 1](x, w[:, 2 * level - 1])
             if draft is not None and level <= self.draft_level:
                 x = self._shown(level, draft, x)
             x = self.layers[2 * level](x, w[:, 2 * level])
-            rgb = _double(rgb) + self.to_rgb[level](x, w[:, 2 * level + 1])
+            colours: Tensor = to_rgb(x, w[:, 2 * level + 1])
+            rgb = colours if rgb is None else _double(rgb) + colours
             if draft is not None and level == self.draft_level:
                 rgb = rgb + draft
+        assert rgb is not None  # a generator has at least four resolutions
         return rgb
 
 

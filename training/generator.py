@@ -316,6 +316,12 @@ def energy_distance(a: Tensor, b: Tensor) -> Tensor:
     return 2 * torch.cdist(a, b).mean() - within(a) - within(b)
 
 
+def energy_distance_twice(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    """Between latents in their own measure, where all D numbers count alike, and in the picture's
+    (`scale` [D]), where a few decide."""
+    return energy_distance(a, b) + energy_distance(a * scale, b * scale)
+
+
 def reconstruct(
     nets: Nets, judges: Judges, real: Tensor, recipe: Recipe, images: int, draws: torch.Generator
 ) -> dict[str, Tensor]:
@@ -340,11 +346,8 @@ def reconstruct(
     nets.codes = torch.cat([nets.codes, w.detach()])[-recipe.codes_kept :]
     z = torch.randn(recipe.sampled, w.shape[1], generator=draws).to(w)
     sampled = nets.generator.mapping(z)
-    # In the picture's measure, where a few numbers decide, and in the latent's, where all do.
     scale = (nets.spectrum / nets.spectrum.mean()).sqrt()
-    distance = energy_distance(sampled, nets.codes) + energy_distance(
-        sampled * scale, nets.codes * scale
-    )
+    distance = energy_distance_twice(sampled, nets.codes, scale)
     loss = loss + recipe.energy * distance
     report["energy"] = distance
     if images >= recipe.adversary_from:

@@ -27,7 +27,7 @@ from shared.stylegan2 import Generator
 from training.adapters import faces_to_latents
 from training.components import draft_spectrum
 from training.data import load_faces
-from training.generator import energy_distance
+from training.generator import energy_distance, energy_distance_twice
 from training.run import Run, RunOptions, State
 
 NAME = "mapping"
@@ -185,7 +185,7 @@ def step(
     judge.step()
 
     fake, real = latents(), real.detach()
-    anchor = energy_distance(fake, real) + energy_distance(fake * critic.scale, real * critic.scale)
+    anchor = energy_distance_twice(fake, real, critic.scale)
     fooled = F.softplus(-critic(fake)).mean() + recipe.energy * anchor
     optimiser.zero_grad(set_to_none=True)
     fooled.backward()
