@@ -34,6 +34,7 @@ from transmitter.text import (
     Sentences,
     TextConfig,
     TextEncoder,
+    certainty,
     decide,
     tokenise,
 )
@@ -318,7 +319,7 @@ def calibrate(
     together = [sentence for sentences in unseen.values() for sentence in sentences]
     probabilities = predict(encoder, together)
     read = read_all(probabilities, 0.0)
-    certain = [float(heads.scope[0] * heads.attribute.max()) for heads in probabilities]
+    certain = [certainty(heads) for heads in probabilities]
 
     def at(threshold: float) -> list[Edit | None]:
         """What `read_all` gives at this threshold."""

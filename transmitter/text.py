@@ -368,20 +368,27 @@ class TextReader:
         return decide(probabilities, self.encoder.config.threshold)
 
 
+def certainty(heads: Heads) -> float:
+    """How sure one sentence's probabilities [classes] are that it asks for one known edit.
+
+    A sentence torn between two attributes is as unreadable as one that names none.
+    """
+    return float(heads.scope[SCOPES.index("in")] * heads.attribute.max())
+
+
 def decide(heads: Heads, threshold: float) -> Reading:
     """An edit from one sentence's head probabilities [classes]. Raises InstructionRefused."""
-    inside, outside, several = heads.scope.tolist()
+    _, outside, several = heads.scope.tolist()
     attribute = int(heads.attribute.argmax())
-    # A sentence torn between two attributes is as unreadable as one that names none.
-    certainty = inside * float(heads.attribute[attribute])
-    if certainty < threshold:
+    sure = certainty(heads)
+    if sure < threshold:
         if several > outside:
             raise InstructionRefused(
                 f"this asks for more than one edit; send them one at a time. {CAN_BE_ASKED}"
             )
         raise InstructionRefused(f"no edit could be read in this sentence. {CAN_BE_ASKED}")
     mode = int(heads.mode.argmax())
-    confidence = certainty * float(heads.mode[mode])
+    confidence = sure * float(heads.mode[mode])
     if MODES[mode] == "target":
         target = int(heads.target.argmax())
         return Reading(Edit(ATTRIBUTES[attribute], target=target), confidence)
