@@ -8,6 +8,7 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
@@ -205,6 +206,11 @@ class StoredEdit:
     answer: EditAnswer
     pictures: Mapping[str, bytes]
     latent: bytes = b""
+
+    @cached_property
+    def json(self) -> str:
+        """The answer as it is sent and kept; made once."""
+        return self.answer.model_dump_json()
 
 
 def notes_on(

@@ -5,7 +5,8 @@
     POST --> busy? --> accept (photo and row are on disk) --> run: link, mark, keep --> done
                           |                                     |
                           |  same Idempotency-Key: join it      '-- failed; run again on request
-                          '-- Prefer: respond-async: 202 here
+                          |-- Prefer: respond-async: 202 here
+                          '-- one that is told of nothing before its answer is sent meanwhile
     every third of a lease: renew what runs, claim what a dead gateway left, run it again
 
 An edit belongs to the clients that wait for it. When the last of them hangs up, it is dropped, to
@@ -17,7 +18,7 @@ import asyncio
 import json
 import secrets
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from gateway.answer import EditAnswer, Order, StoredEdit, order_of, request_of
@@ -42,6 +43,7 @@ from shared.telemetry import Metrics, logger
 SWEEP_S: Final = 60.0
 ORPHANS_S: Final = 600.0
 POLL_S: Final = 0.25  # how often an edit that another gateway runs is looked at
+PHOTO_FIRST_S: Final = 0.003  # a thread that writes rows would hold up the one that sends
 RETRY_S: Final = (0.5, 1.0, 2.0, 4.0, 8.0)  # between tries of an edit that nobody waits for
 
 
@@ -74,12 +76,14 @@ class Asked:
 
 @dataclass
 class _Job:
-    """One edit under way in this process."""
+    """One edit under way in this process. accepting: of a new one, which the ledger takes in as
+    running; None: one that has been kept before, and is still to be begun there."""
 
     entry: Entry
     caller: Caller
     detached: bool
     progress: Progress | None
+    accepting: asyncio.Future[tuple[Entry, bool]] | None = None
     waiting: int = 0
     deleted: bool = False
     task: asyncio.Task[StoredEdit] = field(init=False)
@@ -172,7 +176,8 @@ class Desk:
             logger().warning("given up", **log)
             return
         logger().info("resumed", **log)
-        self._begin(entry, photo, order_of(entry.request), caller, detached=True, progress=None)
+        order = order_of(entry.request)
+        self._begin(entry, Asked(photo, order, caller, detached=True), None)
 
     # ------------------------------------------------------------------------------------ taking in
 
@@ -212,7 +217,7 @@ class Desk:
             )
         photo = await self.store.photo(edit_id)
         order = order_of(entry.request)
-        self._begin(entry, photo, order, caller, detached=True, progress=None)
+        self._begin(entry, Asked(photo, order, caller, detached=True), None)
         return await self.store.entry(edit_id)
 
     async def delete(self, edit_id: str, owner: str) -> None:
@@ -244,8 +249,11 @@ class Desk:
             idempotency_key=asked.key,
             bytes=len(asked.photo),
         )
+        told_early = asked.detached or asked.key is not None or asked.conversation is not None
+        accepting = asyncio.ensure_future(self._accept(new, asked.photo, at_once=told_early))
+        if not told_early:
+            return self._begin(new.begun(self.store.clock()), asked, progress, accepting)
         self._reserved += 1
-        accepting = asyncio.ensure_future(self.store.accept(new, asked.photo, self.limits.lease_s))
         try:
             entry, is_new = await asyncio.shield(accepting)
         except asyncio.CancelledError:
@@ -258,7 +266,12 @@ class Desk:
             self._reserved -= 1
         if not is_new:
             return await self._again(entry, asked, progress)
-        return self._begin(entry, asked.photo, asked.order, asked.caller, asked.detached, progress)
+        return self._begin(entry, asked, progress, accepting)
+
+    async def _accept(self, new: NewEdit, photo: bytes, at_once: bool) -> tuple[Entry, bool]:
+        if not at_once:
+            await asyncio.sleep(PHOTO_FIRST_S)
+        return await self.store.accept(new, photo, self.limits.lease_s)
 
     async def _again(
         self, entry: Entry, asked: Asked, progress: Progress | None
@@ -280,10 +293,7 @@ class Desk:
             if await self.store.reopen(entry.id, self.limits.lease_s):
                 if (job := self._jobs.get(entry.id)) is not None:
                     return job
-                return self._begin(
-                    entry, asked.photo, order_of(entry.request), asked.caller, asked.detached,
-                    progress,
-                )  # fmt: skip
+                return self._begin(entry, replace(asked, order=order_of(entry.request)), progress)
         return await self.store.entry(entry.id)
 
     async def _kept(self, entry: Entry) -> StoredEdit:
@@ -295,15 +305,13 @@ class Desk:
     def _begin(
         self,
         entry: Entry,
-        photo: bytes,
-        order: Order,
-        caller: Caller,
-        detached: bool,
+        asked: Asked,
         progress: Progress | None,
+        accepting: asyncio.Future[tuple[Entry, bool]] | None = None,
     ) -> _Job:
-        job = _Job(entry, caller, detached, progress)
+        job = _Job(entry, asked.caller, asked.detached, progress, accepting)
         self._jobs[entry.id] = job
-        job.task = asyncio.create_task(self._run(job, photo, order))
+        job.task = asyncio.create_task(self._run(job, asked.photo, asked.order))
         job.task.add_done_callback(lambda task: self._ended(entry.id, task))
         return job
 
@@ -343,11 +351,14 @@ class Desk:
     async def _run(self, job: _Job, photo: bytes, order: Order) -> StoredEdit:
         entry = job.entry
         try:
-            if not await self.store.begin(entry.id, self.limits.lease_s):
+            new = job.accepting is not None
+            if not (new or await self.store.begin(entry.id, self.limits.lease_s)):
                 raise NotFound(f"edit {entry.id} was deleted before it began")
-            done = await self._through(job, photo, order)
-            done = self._finished(job, done)
+            done = self._finished(job, await self._through(job, photo, order))
+            if job.accepting is not None:
+                await asyncio.shield(job.accepting)
         except asyncio.CancelledError:
+            await self._taken_in(job)
             if self._closing:
                 await asyncio.shield(self.store.release(entry.id))
             elif not job.deleted:
@@ -394,14 +405,22 @@ class Desk:
     def _finished(self, job: _Job, done: StoredEdit) -> StoredEdit:
         """The answer with what only the gateway knows, the pictures with what they have to say."""
         changes: dict[str, Any] = {"conversation": job.entry.conversation}
-        if job.entry.attempts:
-            note = f"run again after the gateway had stopped (start {job.entry.attempts + 1})"
+        starts = job.entry.attempts + (job.accepting is None)
+        if starts > 1:
+            note = f"run again after the gateway had stopped (start {starts})"
             changes["notes"] = [*done.answer.notes, note]
         answer: EditAnswer = done.answer.model_copy(update=changes)
         return StoredEdit(answer, marked(answer, done.pictures), done.latent)
 
+    @staticmethod
+    async def _taken_in(job: _Job) -> None:
+        """Wait until the ledger has the edit or has refused it: what comes next is told it too."""
+        if job.accepting is not None:
+            await asyncio.shield(asyncio.gather(job.accepting, return_exceptions=True))
+
     async def _failed(self, job: _Job, error: EdscError, size: int) -> None:
         entry = job.entry
+        await self._taken_in(job)
         if isinstance(error, Busy) and not job.detached and entry.idempotency_key is None:
             # Turned away, and nobody can come back for it: as if it had never been taken in.
             self.metrics.edited("rejected")

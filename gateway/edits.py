@@ -185,7 +185,7 @@ def _add_taking(router: APIRouter, desk: Desk, max_photo_bytes: int) -> None:
         where = _where(done.answer.id)
         if wanted == "image/png":
             return Response(done.pictures["received"], media_type="image/png", headers=where)
-        return JSONResponse(done.answer.model_dump(mode="json"), headers=where)
+        return Response(done.json, media_type="application/json", headers=where)
 
     @router.post(
         "/v1/edits/{edit_id}/rerun",

@@ -26,7 +26,7 @@ from shared.schemes import Scheme
 EVENT_STREAM: Final = "text/event-stream"
 
 
-def read_order(
+async def read_order(
     instruction: Annotated[
         str,
         Form(

@@ -2,9 +2,11 @@
 
 ::
 
-    accept --> accepted --begin--> running --finish--> done
-                  ^                   |-----fail-----> failed --reopen--> accepted
-                  '------release------'
+                    accept --.
+                             v
+    accepted --begin--> running --finish--> done
+       ^                   |-----fail-----> failed --reopen--> accepted
+       '------release------'
                claim: accepted or running rows whose holder has not renewed its lease in time
 
 A row is committed before anybody is told of it, so what has been promised survives the process. A
@@ -18,10 +20,10 @@ Blocking; `gateway/store.py` calls it from threads. Times are seconds since the 
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path
+from threading import Lock
 from typing import Any, Final, Self
 
 from sqlalchemy import (
@@ -36,14 +38,12 @@ from sqlalchemy import (
     MetaData,
     Row,
     Select,
-    StaticPool,
     String,
     Table,
     Text,
     UniqueConstraint,
-    create_engine,
+    bindparam,
     delete,
-    event,
     func,
     insert,
     or_,
@@ -51,10 +51,10 @@ from sqlalchemy import (
     text,
     update,
 )
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModuleError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 
-from shared.errors import Conflict, InvalidRequest, NotFound, Unavailable
+from gateway.database import open_engine
+from shared.errors import Conflict, NotFound, Unavailable
 
 SCHEMA: Final = 1  # goes up with every change of the tables
 
@@ -104,6 +104,15 @@ _EDITS: Final = Table(
 )
 
 
+# Put together once: that costs as much as running them.
+_TAKEN_IN: Final = insert(_EDITS)
+_HELD: Final = update(_EDITS).where(
+    _EDITS.c.id == bindparam("of"),
+    _EDITS.c.holder == bindparam("by"),
+    _EDITS.c.state.in_(bindparam("one_of", expanding=True)),
+)
+
+
 @dataclass(frozen=True)
 class Entry:
     """One edit as the ledger has it.
@@ -140,6 +149,13 @@ class NewEdit:
     idempotency_key: str | None = None
     bytes: int = 0
 
+    def begun(self, now: float) -> Entry:
+        """The row that `Ledger.accept` makes of it."""
+        return Entry(
+            **vars(self), state=State.RUNNING, answer=None, problem=None, rerunnable=False,
+            attempts=1, created_at=now, updated_at=now,
+        )  # fmt: skip
+
 
 _FIELDS: Final = tuple(Entry.__dataclass_fields__)
 
@@ -154,55 +170,14 @@ def _entries() -> Select[Any]:
     return select(*(_EDITS.c[name] for name in _FIELDS))
 
 
-def open_engine(url: str) -> Engine:
-    """An engine for a SQLAlchemy URL; "postgresql://..." takes the driver that comes with us.
-
-    Raises InvalidRequest for a URL that is none, or whose driver is not installed.
-    """
-    try:
-        parsed = make_url(url)
-        if parsed.drivername in ("postgresql", "postgres"):
-            parsed = parsed.set(drivername="postgresql+pg8000")
-        if parsed.get_backend_name() != "sqlite":
-            return create_engine(parsed, pool_pre_ping=True, pool_size=8, max_overflow=0)
-        options: dict[str, Any] = {"connect_args": {"check_same_thread": False, "timeout": 10.0}}
-        if parsed.database in (None, "", ":memory:"):
-            options["poolclass"] = StaticPool  # one connection, or every one would see its own
-        else:
-            Path(str(parsed.database)).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        engine = create_engine(parsed, **options)
-    except (ArgumentError, NoSuchModuleError, ImportError) as error:
-        # The URL itself may hold a password: it is not repeated here.
-        raise InvalidRequest(
-            f"the database URL cannot be used ({type(error).__name__}: {error}); expected for"
-            ' instance "sqlite:///edits.sqlite3", or "postgresql://user:secret@host/name" after'
-            ' pip install ".[postgres]"'
-        ) from None
-
-    @event.listens_for(engine, "connect")
-    def on_connect(connection: Any, _record: Any) -> None:
-        connection.isolation_level = None  # pysqlite would begin transactions too late by itself
-        for pragma in (
-            "journal_mode=WAL",
-            "synchronous=FULL",  # committed means on the disk, also when the power goes
-            "foreign_keys=ON",
-            "secure_delete=ON",  # what is deleted is overwritten, not just unlinked
-        ):
-            connection.execute(f"PRAGMA {pragma}")
-
-    @event.listens_for(engine, "begin")
-    def on_begin(connection: Connection) -> None:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")  # two writers wait instead of failing
-
-    return engine
-
-
 class Ledger:
     """The rows. holder: this gateway's name on the leases that it takes."""
 
     def __init__(self, engine: Engine, holder: str) -> None:
         self.engine = engine
         self.holder = holder
+        # SQLite has one writer: threads that wait for each other here need not poll inside it.
+        self._turn: AbstractContextManager[Any] = Lock() if self.is_sqlite else nullcontext()
 
     @classmethod
     def open(cls, url: str, holder: str) -> Self:
@@ -243,7 +218,7 @@ class Ledger:
     @contextmanager
     def _transaction(self) -> Iterator[Connection]:
         try:
-            with self.engine.begin() as connection:
+            with self._turn, self.engine.begin() as connection:
                 yield connection
         except IntegrityError:
             raise
@@ -259,19 +234,19 @@ class Ledger:
     # ------------------------------------------------------------------------------ the life of one
 
     def accept(self, new: NewEdit, now: float, lease_s: float) -> tuple[Entry, bool]:
-        """Commit a new edit, held by this gateway; gives it, and whether it is new.
+        """Commit a new edit, held and begun by this gateway; gives it, and whether it is new.
 
         It is not where this owner has one with the same idempotency key: then that one is given.
         Raises NotFound for a conversation that this owner does not have.
         """
-        values = dict(vars(new), state=State.ACCEPTED.value)
-        values |= {"created_at": now, "updated_at": now}
+        entry = new.begun(now)
+        values = dict(vars(entry), state=entry.state.value, rerunnable=0)
         values |= {"holder": self.holder, "lease_until": now + lease_s}
         if new.conversation is not None:
             self.conversation(new.conversation, new.owner)
         try:
             with self._transaction() as connection:
-                connection.execute(insert(_EDITS).values(**values))
+                connection.execute(_TAKEN_IN, values)
         except IntegrityError as error:
             if new.idempotency_key is not None and (
                 there := self.by_key(new.owner, new.idempotency_key)
@@ -279,19 +254,15 @@ class Ledger:
                 return there, False
             # The conversation, or the edit that had this key, went in this very moment.
             raise Conflict(f"edit {new.id} could not be accepted: {error.orig}") from None
-        return self.get(new.id), True
+        return entry, True
 
     def _move(self, edit_id: str, states: Sequence[State], **values: Any) -> bool:
         """Change a row that this gateway holds in one of `states`; whether there was one."""
+        computed = {name: values.pop(name) for name in ("attempts",) if name in values}
         with self._transaction() as connection:
             moved = connection.execute(
-                update(_EDITS)
-                .where(
-                    _EDITS.c.id == edit_id,
-                    _EDITS.c.holder == self.holder,
-                    _EDITS.c.state.in_([state.value for state in states]),
-                )
-                .values(**values)
+                _HELD.values(**computed) if computed else _HELD,
+                {**values, "of": edit_id, "by": self.holder, "one_of": [s.value for s in states]},
             )
         return moved.rowcount == 1
 

@@ -177,9 +177,7 @@ class EditStore:
         self.files = files
         self.retention = retention or Retention()
         self.clock = clock
-        # SQLite has one writer: more threads would only wait for each other inside it.
-        self._rows = ThreadPoolExecutor(1 if ledger.is_sqlite else 8, "ledger")
-        self._bytes = ThreadPoolExecutor(4, "files")
+        self._threads = ThreadPoolExecutor(8, "store")
         self._unowned: dict[str, float] = {}  # files without a row, and since when we know
 
     @classmethod
@@ -203,104 +201,119 @@ class EditStore:
         holder = secrets.token_hex(16)
         return cls(Ledger.open("sqlite://", holder), Files(f"memory://{holder}"), retention)
 
-    async def _row(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        return await _on(self._rows, lambda: work(*args, **kwargs))
-
-    async def _file(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        return await _on(self._bytes, lambda: work(*args, **kwargs))
+    async def _do(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """`work` on a thread. What belongs together is one piece of work: every hand-over between
+        threads costs as much as writing a small file."""
+        done = asyncio.get_running_loop().run_in_executor(
+            self._threads, lambda: work(*args, **kwargs)
+        )
+        # Shielded: a client that hangs up cancels the waiting, never half of a write.
+        return await asyncio.shield(done)
 
     async def close(self) -> None:
         """Finish what is being written and hang up."""
-        await asyncio.to_thread(self._bytes.shutdown)
-        await asyncio.to_thread(self._rows.shutdown)
+        await asyncio.to_thread(self._threads.shutdown)
         self.ledger.close()
 
     async def ping(self) -> None:
         """Raise Unavailable when the database does not answer."""
-        await self._row(self.ledger.ping)
+        await self._do(self.ledger.ping)
 
     # ------------------------------------------------------------------------------ the life of one
 
     async def accept(self, new: NewEdit, photo: bytes, lease_s: float) -> tuple[Entry, bool]:
-        """Keep the photo, then commit the row; gives it, and whether it is new."""
-        await self._file(self.files.write, new.id, {PHOTO: photo})
+        """Keep the photo, then commit the row, as running; gives it, and whether it is new."""
+        return await self._do(self._accept, new, photo, lease_s)
+
+    def _accept(self, new: NewEdit, photo: bytes, lease_s: float) -> tuple[Entry, bool]:
+        is_new = False
+        self.files.write(new.id, {PHOTO: photo})
         try:
-            entry, is_new = await self._row(self.ledger.accept, new, self.clock(), lease_s)
-        except BaseException:
-            await self._file(self.files.remove, new.id, (PHOTO,))
-            raise
-        if not is_new:
-            await self._file(self.files.remove, new.id, (PHOTO,))
+            entry, is_new = self.ledger.accept(new, self.clock(), lease_s)
+        finally:
+            if not is_new:
+                self.files.remove(new.id, (PHOTO,))
         return entry, is_new
 
     async def begin(self, edit_id: str, lease_s: float) -> bool:
         """accepted -> running; False where it is no longer ours."""
-        return await self._row(self.ledger.begin, edit_id, self.clock(), lease_s)
+        return await self._do(self.ledger.begin, edit_id, self.clock(), lease_s)
 
     async def finish(self, edit_id: str, done: StoredEdit) -> bool:
         """Keep pictures and latent, then say done, then drop the photo. False: deleted meanwhile,
         or another gateway has it; nothing of ours is kept then."""
+        return await self._do(self._finish, edit_id, done)
+
+    def _finish(self, edit_id: str, done: StoredEdit) -> bool:
         files = {f"{name}.png": png for name, png in done.pictures.items()}
         files[LATENT] = done.latent
         size = sum(len(data) for data in files.values())
-        await self._file(self.files.write, edit_id, files)
-        answer = done.answer.model_dump_json()
-        if not await self._row(self.ledger.finish, edit_id, answer, size, self.clock()):
-            await self._drop_unowned(edit_id)
+        self.files.write(edit_id, files)
+        if not self.ledger.finish(edit_id, done.json, size, self.clock()):
+            self._drop_unowned(edit_id)
             return False
-        await self._file(self.files.remove, edit_id, (PHOTO,))
+        self.files.remove(edit_id, (PHOTO,))
         return True
 
     async def fail(self, edit_id: str, problem: str, *, rerunnable: bool, size: int) -> bool:
         """Say that it failed; the photo (of `size` bytes) stays only where it can be run again."""
+        return await self._do(self._fail, edit_id, problem, rerunnable, size)
+
+    def _fail(self, edit_id: str, problem: str, rerunnable: bool, size: int) -> bool:
         kept = size if rerunnable else 0
-        moved = await self._row(self.ledger.fail, edit_id, problem, rerunnable, kept, self.clock())
+        moved = self.ledger.fail(edit_id, problem, rerunnable, kept, self.clock())
         if not moved:
-            await self._drop_unowned(edit_id)
+            self._drop_unowned(edit_id)
         elif not rerunnable:
-            await self._file(self.files.remove, edit_id, (PHOTO,))
+            self.files.remove(edit_id, (PHOTO,))
         return moved
 
-    async def _drop_unowned(self, edit_id: str) -> None:
+    def _drop_unowned(self, edit_id: str) -> None:
         """Remove the files of an edit that has been deleted while it was under way."""
-        if not await self._row(self.ledger.existing, [edit_id]):
-            await self._file(self.files.remove, edit_id, ALL_FILES)
+        if not self.ledger.existing([edit_id]):
+            self.files.remove(edit_id, ALL_FILES)
 
     async def release(self, edit_id: str) -> bool:
         """Give an edit under way back, for whoever comes first."""
-        return await self._row(self.ledger.release, edit_id, self.clock())
+        return await self._do(self.ledger.release, edit_id, self.clock())
 
     async def renew(self, edit_ids: list[str], lease_s: float) -> None:
         """Hold on to edits under way."""
-        await self._row(self.ledger.renew, edit_ids, self.clock(), lease_s)
+        await self._do(self.ledger.renew, edit_ids, self.clock(), lease_s)
 
     async def claim(self, lease_s: float, most: int) -> list[Entry]:
         """Take over edits that nobody holds any more."""
-        return await self._row(self.ledger.claim, self.clock(), lease_s, most)
+        return await self._do(self.ledger.claim, self.clock(), lease_s, most)
 
     async def reopen(self, edit_id: str, lease_s: float) -> bool:
         """failed -> accepted; False where it cannot be run again."""
-        return await self._row(self.ledger.reopen, edit_id, self.clock(), lease_s)
+        return await self._do(self.ledger.reopen, edit_id, self.clock(), lease_s)
 
     async def delete(self, edit_id: str, owner: str | None = None) -> None:
         """Remove pictures, latent, photo and row. Raises NotFound when there is no such edit."""
-        await self._row(self.ledger.get, edit_id, owner)
-        await self._file(self.files.remove, edit_id, ALL_FILES)
-        await self._row(self.ledger.delete, edit_id)
+        await self._do(self._delete, edit_id, owner)
+
+    def _delete(self, edit_id: str, owner: str | None) -> None:
+        self.ledger.get(edit_id, owner)
+        self._forget(edit_id)
+
+    def _forget(self, edit_id: str) -> None:
+        self.files.remove(edit_id, ALL_FILES)
+        self.ledger.delete(edit_id)
 
     # ----------------------------------------------------------------------------------- looking up
 
     async def entry(self, edit_id: str, owner: str | None = None) -> Entry:
         """The row of an edit. Raises NotFound."""
-        return await self._row(self.ledger.get, edit_id, owner)
+        return await self._do(self.ledger.get, edit_id, owner)
 
     async def by_key(self, owner: str, key: str) -> Entry | None:
         """The edit that this owner sent with an idempotency key."""
-        return await self._row(self.ledger.by_key, owner, key)
+        return await self._do(self.ledger.by_key, owner, key)
 
     async def photo(self, edit_id: str) -> bytes:
         """The upload, while it is kept. Raises NotFound."""
-        return await self._file(self.files.read, edit_id, PHOTO)
+        return await self._do(self.files.read, edit_id, PHOTO)
 
     async def picture(self, edit_id: str, name: str, owner: str | None = None) -> bytes:
         """One picture as PNG. Raises NotFound for an unknown edit or picture."""
@@ -308,12 +321,12 @@ class EditStore:
         if name not in PICTURES:
             raise NotFound(f"picture is {name!r}; an edit has {', '.join(PICTURES)}")
         self._check_done(entry)
-        return await self._file(self.files.read, edit_id, f"{name}.png")
+        return await self._do(self.files.read, edit_id, f"{name}.png")
 
     async def latent(self, edit_id: str, owner: str | None = None) -> bytes:
         """The edited latent as it was coded: complex64, little-endian. Raises NotFound."""
         self._check_done(await self.entry(edit_id, owner))
-        return await self._file(self.files.read, edit_id, LATENT)
+        return await self._do(self.files.read, edit_id, LATENT)
 
     @staticmethod
     def _check_done(entry: Entry) -> None:
@@ -322,57 +335,51 @@ class EditStore:
 
     async def counts(self) -> dict[State, int]:
         """Number of edits in every state."""
-        return await self._row(self.ledger.counts)
+        return await self._do(self.ledger.counts)
 
     # -------------------------------------------------------------------------------- conversations
 
     async def converse(self, owner: str) -> tuple[str, float]:
         """Begin a conversation; gives its id and the time."""
         conversation_id, now = secrets.token_hex(16), self.clock()
-        await self._row(self.ledger.converse, conversation_id, owner, now)
+        await self._do(self.ledger.converse, conversation_id, owner, now)
         return conversation_id, now
 
     async def conversation(self, conversation_id: str, owner: str) -> tuple[float, list[Entry]]:
         """When it began, and its edits in order. Raises NotFound."""
-        return await self._row(self.ledger.conversation, conversation_id, owner)
+        return await self._do(self.ledger.conversation, conversation_id, owner)
 
     async def end_conversation(self, conversation_id: str) -> None:
         """Forget a conversation whose edits are deleted."""
-        await self._row(self.ledger.end_conversation, conversation_id)
+        await self._do(self.ledger.end_conversation, conversation_id)
 
     # ------------------------------------------------------------------------------------ retention
 
     async def sweep(self) -> int:
         """Forget what is too old or too much; gives the number of edits."""
         before = self.clock() - self.retention.hours * 3600.0
-        old = await self._row(
+        old = await self._do(
             self.ledger.outdated, before, self.retention.edits, self.retention.size
         )
         for edit_id in old:
-            await self._file(self.files.remove, edit_id, ALL_FILES)
-            await self._row(self.ledger.delete, edit_id)
-        await self._row(self.ledger.end_empty_conversations, before)
+            await self._do(self._forget, edit_id)
+        await self._do(self.ledger.end_empty_conversations, before)
         return len(old)
 
     async def sweep_orphans(self) -> int:
         """Remove files that have belonged to no row for an hour; gives the number of edits."""
         now = self.clock()
-        present = await self._file(self.files.edits)
+        present = await self._do(self.files.edits)
         owned = set()
         for start in range(0, len(present), 500):
-            owned |= await self._row(self.ledger.existing, present[start : start + 500])
+            owned |= await self._do(self.ledger.existing, present[start : start + 500])
         self._unowned = {
             name: self._unowned.get(name, now) for name in present if name not in owned
         }
         orphans = [name for name, since in self._unowned.items() if now - since >= ORPHAN_S]
         for edit_id in orphans:
-            await self._file(self.files.remove, edit_id, ALL_FILES)
+            await self._do(self.files.remove, edit_id, ALL_FILES)
         return len(orphans)
-
-
-async def _on(pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:
-    # Shielded: a client that hangs up cancels the waiting, never half of a write.
-    return await asyncio.shield(asyncio.get_running_loop().run_in_executor(pool, work))
 
 
 def fingerprint_of(fields: Iterable[tuple[str, str]], photo: bytes) -> str:

@@ -277,13 +277,18 @@ def _answering(server: Server, method: str, context: grpc.ServicerContext) -> It
             )
         finally:
             elapsed_ms = call.watch.elapsed_ms()
-            metrics.in_flight.dec()
-            metrics.answered(method, code, elapsed_ms / 1000.0)
-            metrics.stages(call.watch.stages_ms())
-            for stage, stage_ms in call.watch.stages_ms().items():
-                span.set(f"edsc.{stage}_ms", round(stage_ms, 3))
-            span.end(failed=None if code == "OK" else code)
-            logger().info("answered", code=code, duration_ms=round(elapsed_ms, 2))
+
+            def account() -> None:
+                metrics.in_flight.dec()
+                metrics.answered(method, code, elapsed_ms / 1000.0)
+                metrics.stages(call.watch.stages_ms())
+                for stage, stage_ms in call.watch.stages_ms().items():
+                    span.set(f"edsc.{stage}_ms", round(stage_ms, 3))
+                span.end(failed=None if code == "OK" else code)
+                logger().info("answered", code=code, duration_ms=round(elapsed_ms, 2), **known)
+
+            # Once the answer is on its way: nobody has to wait for our book-keeping.
+            call.on_end(account)
 
 
 def _abort(context: grpc.ServicerContext, error: EdscError, call: Call) -> None:

@@ -96,6 +96,7 @@ class Tracing:
         resource = Resource.create(
             {"service.name": f"edsc-{service}", "service.namespace": "editable-deepsc"}
         )
+        self._exports = exporter is not None
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         if exporter is not None:
             processor = BatchSpanProcessor if batched else SimpleSpanProcessor
@@ -106,7 +107,7 @@ class Tracing:
     def off(cls) -> Self:
         """No spans: a traceparent that comes in goes out as it came."""
         nothing = cls.__new__(cls)
-        nothing._tracer = None
+        nothing._tracer, nothing._exports = None, False
         return nothing
 
     @classmethod
@@ -131,6 +132,11 @@ class Tracing:
         """Whether spans are made."""
         return self._tracer is not None
 
+    @property
+    def sent(self) -> bool:
+        """Whether spans go anywhere; otherwise only their ids are of use."""
+        return self.on and self._exports
+
     def start(
         self,
         name: str,
@@ -139,8 +145,8 @@ class Tracing:
         attributes: Mapping[str, Value] | None = None,
     ) -> Span:
         """Begin a span under the one that `traceparent` names; "": a trace of its own."""
-        if self._tracer is None:
-            return Span(None, traceparent)
+        if self._tracer is None or (traceparent and not self._exports):
+            return Span(None, traceparent)  # which has the trace's id, all that anybody can use
         inner = self._tracer.start_span(
             name, _context(traceparent), kind=_KINDS[kind], attributes=attributes
         )

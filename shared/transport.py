@@ -137,8 +137,11 @@ class Decoding(grpc.ServerInterceptor):
 
 
 def interceptors(tracing: Tracing) -> list[grpc.aio.ClientInterceptor]:
-    """Interceptors of an asyncio channel: a client span around every call."""
-    return [_TracedUnary(tracing), _TracedStream(tracing)] if tracing.on else []
+    """Interceptors of an asyncio channel: a client span around every call, where spans are sent.
+
+    The trace's id is in the caller's metadata anyway.
+    """
+    return [_TracedUnary(tracing), _TracedStream(tracing)] if tracing.sent else []
 
 
 def _begin(

@@ -5,7 +5,7 @@ The link is a stand-in that a test holds back and lets go; the ledger and the fi
 
 import asyncio
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -207,8 +207,9 @@ async def test_an_edit_that_others_wait_for_goes_on(world: World) -> None:
 async def test_leaving_while_it_is_written_takes_it_back(world: World) -> None:
     link = HeldLink()
     desk = world.desk(link)
-    call = asyncio.create_task(desk.edit(asked()))
-    await asyncio.sleep(0)  # the photo is being written
+    call = asyncio.create_task(desk.edit(asked(key="once")))
+    while not desk.in_flight:
+        await asyncio.sleep(0)  # until the photo is being written
     call.cancel()
     await asyncio.gather(call, return_exceptions=True)
     await until(lambda: desk.in_flight == 0)
@@ -217,11 +218,39 @@ async def test_leaving_while_it_is_written_takes_it_back(world: World) -> None:
     assert not link.seen
 
 
+async def test_leaving_before_it_is_written_leaves_a_failed_one(world: World) -> None:
+    link = HeldLink()
+    desk = world.desk(link)
+    call = asyncio.create_task(desk.edit(asked()))
+    await link.begun.wait()  # sent, and not yet in the ledger
+    assert sum((await desk.store.counts()).values()) == 0
+    call.cancel()
+    await asyncio.gather(call, return_exceptions=True)
+    assert desk.in_flight == 0
+    assert (await desk.store.counts())[State.FAILED] == 1
+
+
+async def test_what_cannot_be_kept_is_not_answered(world: World) -> None:
+    link = HeldLink()
+    desk = world.desk(link)
+
+    def full(edit_id: str, files: Mapping[str, bytes]) -> None:
+        raise Unavailable("the picture store took nothing: disk full")
+
+    desk.store.files.write = full  # type: ignore[method-assign]
+    call = asyncio.create_task(desk.edit(asked()))
+    await link.begun.wait()
+    link.free.set()
+    with pytest.raises(Unavailable, match="disk full"):
+        await call
+    assert sum((await desk.store.counts()).values()) == 0
+
+
 async def test_an_edit_for_later_needs_nobody(world: World) -> None:
     link = HeldLink()
     desk = world.desk(link)
     entry = await desk.submit(asked(detached=True))
-    assert entry.state is State.ACCEPTED
+    assert entry.state is State.RUNNING
     link.free.set()
     await until(lambda: desk.in_flight == 0)
     assert await state(desk, entry.id) is State.DONE

@@ -163,7 +163,7 @@ async def test_what_was_accepted_is_there_for_the_next_process(
 ) -> None:
     first = store_at(database, tmp_path)
     entry, is_new = await first.accept(new(request='{"seed": 7}'), PHOTO, LEASE_S)
-    assert (is_new, entry.state) == (True, State.ACCEPTED)
+    assert (is_new, entry.state) == (True, State.RUNNING)
     # No goodbye: what follows has only what is on the disk.
     second = store_at(database, tmp_path)
     again = await second.entry(entry.id)
@@ -176,9 +176,8 @@ async def test_what_was_accepted_is_there_for_the_next_process(
 async def test_an_edit_goes_from_accepted_to_done(database: str, tmp_path: Path) -> None:
     store = store_at(database, tmp_path)
     entry, _ = await store.accept(new(), PHOTO, LEASE_S)
-    with pytest.raises(NotFound, match="accepted"):
+    with pytest.raises(NotFound, match="running"):
         await store.picture(entry.id, "sent")
-    assert await store.begin(entry.id, LEASE_S)
     assert (await store.entry(entry.id)).attempts == 1
     assert await store.finish(entry.id, answer(entry.id))
     kept = await store.entry(entry.id)
@@ -272,7 +271,6 @@ async def test_a_dead_gateways_edit_goes_to_one_other(database: str, tmp_path: P
     clock = Clock()
     dead, one, two = (store_at(database, tmp_path, clock) for _ in range(3))
     entry, _ = await dead.accept(new(), PHOTO, LEASE_S)
-    await dead.begin(entry.id, LEASE_S)
     assert await one.claim(LEASE_S, 10) == []
     clock.now += 0.6 * LEASE_S
     await dead.renew([entry.id], LEASE_S)
@@ -294,10 +292,12 @@ async def test_a_dead_gateways_edit_goes_to_one_other(database: str, tmp_path: P
 async def test_what_is_given_back_is_taken_at_once(database: str, tmp_path: Path) -> None:
     leaving, next_one = store_at(database, tmp_path), store_at(database, tmp_path)
     entry, _ = await leaving.accept(new(), PHOTO, LEASE_S)
-    await leaving.begin(entry.id, LEASE_S)
     assert await leaving.release(entry.id)
     (taken,) = await next_one.claim(LEASE_S, 10)
     assert (taken.id, taken.state, taken.attempts) == (entry.id, State.ACCEPTED, 0)
+    assert await next_one.begin(taken.id, LEASE_S)
+    begun = await next_one.entry(taken.id)
+    assert (begun.state, begun.attempts) == (State.RUNNING, 1)
     await leaving.close()
     await next_one.close()
 

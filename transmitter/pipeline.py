@@ -258,7 +258,7 @@ def _each(function: Callable[[Item], Result]) -> Callable[[Sequence[Item]], Sequ
 
 
 def _degrees(found: Tensor) -> tuple[int, ...]:
-    return tuple(int(degree) for degree in found)
+    return tuple(int(degree) for degree in found.tolist())
 
 
 class _Watch:
