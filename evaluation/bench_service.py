@@ -4,7 +4,8 @@ Each experiment starts its own stack on free ports and compares within itself, s
 mean something on any machine:
 
     batching   goodput at saturation with batches, against max_batch=1; quality `fast`
-    replicas   goodput of two one-thread transmitters, against one
+    replicas   goodput of two one-thread transmitters, against one: asked themselves, by gRPC, and
+               through the whole link, where the receiver wants its share of the cores
     overload   arrivals at three times the capacity: share of the capacity that is still served, p99
                of what was accepted, statuses of the rest, growth of the memory
     kill       kill -9 of each service in turn, of one replica of two and of the only one, under
@@ -26,8 +27,10 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
@@ -38,6 +41,7 @@ from rich.table import Table
 from edsc.up import ROOT, SERVICES, Stack, interruptible
 from evaluation.bench import percentile
 from evaluation.traffic import (
+    SENTENCES,
     Outcome,
     Traffic,
     closed_loop,
@@ -50,6 +54,8 @@ from evaluation.traffic import (
     statuses,
 )
 from shared.errors import Unavailable
+from shared.pb import edsc_pb2, edsc_pb2_grpc
+from shared.rpc import open_channel
 from shared.settings import ServiceName, Settings
 
 BATCHING_BAR: Final = 1.8
@@ -178,16 +184,56 @@ def batching(options: Options, report: Report) -> None:
     report.at_least("goodput, batches against max_batch=1", ratio, BATCHING_BAR)
 
 
+def transmit_only(stack: Stack, options: Options) -> float:
+    """Transmissions a second with `clients` of them under way, from the transmitters alone."""
+    settings = options.settings(transmitter_target=stack.target("transmitter"))
+    numbers = count()
+    with (
+        open_channel(settings, "transmitter") as channel,
+        ThreadPoolExecutor(options.clients) as pool,
+    ):
+        stub = edsc_pb2_grpc.TransmitterStub(channel)
+
+        def until(end_s: float) -> int:
+            done = 0
+            while time.monotonic() < end_s:
+                number = next(numbers)
+                request = edsc_pb2.TransmitRequest(
+                    image=options.photos[number % len(options.photos)],
+                    instruction=SENTENCES[number % len(SENTENCES)],
+                    snr_db=6.0,
+                    quality=options.quality,
+                    align=options.align,
+                )
+                stub.Transmit(request, timeout=options.deadline_s)
+                done += 1
+            return done
+
+        def all_until(end_s: float) -> int:
+            return sum(pool.map(until, [end_s] * options.clients))
+
+        all_until(time.monotonic() + min(5.0, options.seconds / 3))
+        start_s = time.monotonic()
+        done = all_until(start_s + options.seconds)
+        return done / (time.monotonic() - start_s)
+
+
 def replicas(options: Options, report: Report) -> None:
     """One transmitter of one thread, then two."""
-    found = {}
-    for count in (1, 2):
+    found: dict[str, Any] = {}
+    for number in (1, 2):
         settings = options.settings(threads=1)
-        with Stack(settings, free_ports=True, replicas={"transmitter": count}) as stack:
-            found[f"transmitters_{count}"] = saturate(stack, options)
-    ratio = found["transmitters_2"]["goodput_hz"] / found["transmitters_1"]["goodput_hz"]
-    report.figures["replicas"] = {**found, "ratio": ratio}
-    report.at_least("goodput, two one-thread transmitters against one", ratio, REPLICAS_BAR)
+        with Stack(settings, free_ports=True, replicas={"transmitter": number}) as stack:
+            found[f"transmitters_{number}"] = {"goodput_hz": transmit_only(stack, options)}
+            found[f"link_{number}"] = saturate(stack, options)
+    for name in ("transmitters", "link"):
+        found[f"{name}_ratio"] = found[f"{name}_2"]["goodput_hz"] / found[f"{name}_1"]["goodput_hz"]
+    report.figures["replicas"] = found
+    report.at_least(
+        "goodput, two one-thread transmitters against one",
+        found["transmitters_ratio"],
+        REPLICAS_BAR,
+    )
 
 
 def overload(options: Options, report: Report) -> None:
@@ -262,15 +308,15 @@ def _kill_one(stack: Stack, name: str, traffic: Traffic) -> dict[str, Any]:
 def kill(options: Options, report: Report) -> None:
     """Every service: one replica of two, then the only one."""
     figures: dict[str, Any] = {}
-    for count in (2, 1):
-        counts: dict[ServiceName, int] = {name: count for name in SERVICES}
+    for number in (2, 1):
+        counts: dict[ServiceName, int] = {name: number for name in SERVICES}
         with Stack(options.settings(), free_ports=True, replicas=counts) as stack:
             rate_hz = options.load * saturate(stack, options)["goodput_hz"]
             traffic = traffic_to(stack, options)
             with supervised(stack), in_background(traffic, rate_hz):
                 time.sleep(3.0)
                 for name in SERVICES:
-                    figures[f"{name}, 1 of {count}"] = _kill_one(stack, name, traffic)
+                    figures[f"{name}, 1 of {number}"] = _kill_one(stack, name, traffic)
     report.figures["kill"] = figures
     odd = sum(len(one["odd"]) for one in figures.values())
     late_s = max(one["last_error_after_return_s"] for one in figures.values())

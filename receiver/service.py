@@ -10,7 +10,7 @@ from torch import Tensor
 from receiver.pipeline import Receiver
 from shared.batching import Operation, Steps, ask, ask_one
 from shared.bundle import Bundle
-from shared.compute import prepare
+from shared.compute import in_shares, prepare
 from shared.errors import InvalidRequest, PayloadTooLarge
 from shared.images import encode_png
 from shared.pb import edsc_pb2, edsc_pb2_grpc
@@ -97,7 +97,7 @@ def load_model(bundle: Bundle, device: torch.device) -> Model:
     image = receiver(silence)  # [1, 3, S, S]
     return Model(
         receiver,
-        Operation("receive", receiver.draw, receiver.most),
+        in_shares(Operation("receive", receiver.draw, receiver.most), device),
         model_to_wire(bundle, uses=receiver.uses, image_size=image.shape[-1]),
     )
 

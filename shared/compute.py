@@ -1,11 +1,20 @@
 """The device, threads and memory of a process that runs networks; set before the first tensor."""
 
 import ctypes
-from typing import Final
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import cache
+from itertools import pairwise
+from typing import Final, TypeVar
 
 import torch
 
+from shared.batching import Operation
 from shared.errors import Unavailable
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def prepare(device: str, threads: int) -> torch.device:
@@ -24,6 +33,43 @@ def prepare(device: str, threads: int) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise Unavailable(f"device is {device!r}; expected one of this machine: {error}") from None
     return found
+
+
+SMALLEST_SHARE: Final = 2  # items; alone, a picture is drawn sooner by all threads together
+
+
+@cache
+def _workers(threads: int) -> ThreadPoolExecutor:
+    """A thread per core, each of which computes by itself."""
+
+    def alone() -> None:
+        torch.set_num_threads(1)
+
+    return ThreadPoolExecutor(threads, thread_name_prefix="share", initializer=alone)
+
+
+def in_shares(operation: Operation[Item, Result], device: torch.device) -> Operation[Item, Result]:
+    """The same; on a CPU the items of a large pass are shared out among the threads.
+
+    Threads that split every layer of a small picture wait for each other at its end, dozens of
+    times a pass; with whole pictures of their own they meet once. (Two cores, 8 pictures of 128 px:
+    51 a second instead of 40.)
+    """
+
+    if device.type != "cpu":
+        return operation
+
+    def run(items: Sequence[Item]) -> list[Result]:
+        threads = torch.get_num_threads()
+        shares = min(threads, len(items) // SMALLEST_SHARE)
+        if shares < 2:
+            return list(operation.run(items))
+        ends = [len(items) * number // shares for number in range(shares + 1)]
+        parts = [items[start:end] for start, end in pairwise(ends)]
+        done = list(_workers(threads).map(operation.run, parts))
+        return [result for results in done for result in results]
+
+    return replace(operation, run=run)
 
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8  # malloc.h

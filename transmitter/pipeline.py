@@ -11,7 +11,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from shared.adapters import ChannelEncoder
 from shared.attributes import Edit
 from shared.batching import Item, Operation, Result, Steps, alone, ask_one
 from shared.bundle import Bundle
+from shared.compute import in_shares
 from shared.errors import Cancelled, InvalidRequest, NoFaceFound
 from shared.images import decode_photo, to_float
 from shared.stylegan2 import Generator
@@ -86,8 +87,14 @@ class Transmitter:
         most = 8 if self.device.type == "cpu" else 64
         self._decode = Operation("decode", _each(decode_photo), aside=True)
         self._align = Operation("align", _each(self._align_one), aside=True)
-        self._inverting = Inverting.of(self.encoder, self.generator, self.predictor, most=most)
-        self._matching = Matching.of(self.generator, self.fields, self.predictor, most=most)
+        inverting = Inverting.of(self.encoder, self.generator, self.predictor, most=most)
+        self._inverting = replace(
+            inverting,
+            encode=in_shares(inverting.encode, self.device),
+            descend=in_shares(inverting.descend, self.device),
+        )
+        matching = Matching.of(self.generator, self.fields, self.predictor, most=most)
+        self._matching = replace(matching, look=in_shares(matching.look, self.device))
         self._code = Operation("code", self._encoded)
 
     @classmethod
