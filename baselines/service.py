@@ -118,6 +118,7 @@ class BaselineReceiverService(edsc_pb2_grpc.ReceiverServicer):
         reply = edsc_pb2.ReceiveReply(
             png=[picture],
             image_size=got.image.shape[-1],
+            digest=model.description.digest,
             blocks=got.blocks,
             block_errors=got.block_errors,
         )

@@ -53,7 +53,7 @@ class Limits:
     `gateway/ledger.py`. max_attempts: starts of one edit by gateways that then died. patience_s:
     how long a detached edit is tried while services are busy or away."""
 
-    max_in_flight: int = 32
+    max_in_flight: int = 64
     lease_s: float = 15.0
     max_attempts: int = 3
     patience_s: float = 300.0
