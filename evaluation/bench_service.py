@@ -342,7 +342,8 @@ def kill(options: Options, report: Report) -> None:
                 for name in SERVICES:
                     figures[f"{name}, 1 of {number}"] = _kill_one(stack, name, traffic)
             lost += _left_open(options)
-    report.figures["kill"] = {**figures, "left_open": lost}
+    report.figures["kill"] = figures
+    report.figures["kill_left_open"] = lost
     odd = sum(len(one["odd"]) for one in figures.values())
     late_s = max(one["last_error_after_return_s"] for one in figures.values())
     report.at_most("kill -9: errors that are neither 503 nor 504", odd, 0)

@@ -114,7 +114,7 @@ def _add_facts(app: FastAPI, link: Link) -> None:
         "/v1/instructions",
         tags=["edits"],
         summary="Read a sentence",
-        responses=problems(408, 413, 422, 504),
+        responses=problems(400, 408, 413, 422, 504),
     )
     async def read_instruction(request: Request, instruction: Instruction) -> EditRead | None:
         """The edit that the sentence asks for; null for "-"; 422 for one that asks for no edit."""

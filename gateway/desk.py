@@ -453,8 +453,8 @@ def status_of(entry: Entry) -> dict[str, Any]:
     """What is told of an edit that is not done."""
     told = json.loads(entry.problem) if entry.problem else None
     waiting = {
-        State.ACCEPTED: "accepted and kept; it will be run, also if the gateway restarts",
-        State.RUNNING: "under way",
+        State.ACCEPTED: "kept; it will be run again, also if the gateway restarts",
+        State.RUNNING: "kept and under way; it is finished also if the gateway restarts",
         State.FAILED: "failed; POST to its /rerun runs it again"
         if entry.rerunnable
         else "failed, and would fail again: see the problem",

@@ -71,7 +71,7 @@ class Conversation(BaseModel):
 
 
 _WORDS: Final[Mapping[int, str]] = {
-    400: "The form cannot be read",
+    400: "The body cannot be read",
     401: "No API key, or an unknown one",
     404: "There is none of this id",
     406: "Accept asks for none of the three",

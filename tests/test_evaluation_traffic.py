@@ -89,8 +89,9 @@ def test_every_experiment_runs(random_bundle: Path, tmp_path: Path) -> None:
     assert report["batching"]["ratio"] > 0
     assert set(report["overload"]["statuses"]) <= {"200", "429"}
     assert report["roll"]["statuses"].keys() == {"200"}
-    assert all(not one["odd"] for name, one in report["kill"].items() if "gateway" not in name)
-    assert len(report["bars"]) == 9
+    assert not any(one["odd"] for one in report["kill"].values())
+    assert report["kill_left_open"] == 0
+    assert len(report["bars"]) == 10
 
 
 def test_settings_of_a_run_differ_as_asked() -> None:
