@@ -204,6 +204,12 @@ def test_image_never_runs_as_root() -> None:
     assert users[-1] not in {"root", "0"}
 
 
+def test_the_image_gets_every_package() -> None:
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    sent = (ROOT / ".dockerignore").read_text().split()
+    assert {f"!{name.partition('.')[0]}" for name in packages} <= set(sent)
+
+
 def test_only_the_gateway_keeps_anything() -> None:
     yaml = pytest.importorskip("ruamel.yaml").YAML(typ="safe")
     compose = yaml.load((ROOT / "docker-compose.yml").read_text())
