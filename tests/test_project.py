@@ -205,7 +205,8 @@ def test_image_never_runs_as_root() -> None:
 
 
 def test_the_image_gets_every_package() -> None:
-    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
+    packages = tool["setuptools"]["packages"]
     sent = (ROOT / ".dockerignore").read_text().split()
     assert {f"!{name.partition('.')[0]}" for name in packages} <= set(sent)
 
