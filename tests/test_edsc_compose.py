@@ -34,7 +34,7 @@ BASE = "docker.io/library/python:3.11-slim"
 SERVICES = ("transmitter", "channel_sim", "receiver", "gateway")
 PORT = 18_000
 READY_S = 300.0
-PACKAGES = "apt-get install podman runc netavark aardvark-dns catatonit debootstrap"
+PACKAGES = "apt-get install podman runc netavark aardvark-dns catatonit iptables debootstrap"
 
 pytestmark = pytest.mark.slow
 
