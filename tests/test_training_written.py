@@ -7,6 +7,7 @@ from random import Random
 import pytest
 
 from shared.attributes import ATTRIBUTES, Attribute, Edit
+from training.misspelling import misspell
 from training.sentences import labelled
 from training.written import (
     draw_written,
@@ -104,6 +105,41 @@ def test_a_size_is_changed_with_its_label() -> None:
     assert found["somewhat longer fringe please"] == Edit(Attribute.BANGS, change=2)
     mixed = variants("just a bit longer fringe please", Edit(Attribute.BANGS, change=1))
     assert {edit.change for edit in mixed.values() if edit is not None} == {1}
+
+
+def test_a_plain_change_is_asked_for_in_other_sizes_too() -> None:
+    found = variants("Make his beard longer", Edit(Attribute.BEARD, change=3))
+    assert found["make his beard longer"] == Edit(Attribute.BEARD, change=3)
+    assert found["make his beard a bit longer"] == Edit(Attribute.BEARD, change=1)
+    assert found["make his beard far longer"] == Edit(Attribute.BEARD, change=4)
+    found = variants("Trim the fringe.", Edit(Attribute.BANGS, change=-3))
+    assert {edit.change for edit in found.values() if edit is not None} == {-1, -2, -3, -4, -5}
+    loud = [edit for text, edit in found.items() if "considerably" in text or "massively" in text]
+    assert loud
+    assert set(loud) == {Edit(Attribute.BANGS, change=-4)}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "my older brother should smile wide",  # said of somebody
+        "longer bangs, shorter than hers",  # a comparison
+        "let the beard grow an inch longer",  # an amount
+        "not a longer beard",
+    ],
+)
+def test_no_size_is_put_where_it_does_not_fit(text: str) -> None:
+    plain = Edit(Attribute.BEARD, change=3)
+    assert set(variants(text, plain).values()) == {plain}
+
+
+def test_sizes_are_written_carelessly() -> None:
+    rng = Random(5)
+    found = [misspell("trim the beard a lot", rng, 1.0) for _ in range(400)]
+    assert any(text.endswith(" alot") for text in found)
+    assert any(text.endswith(" a lot") for text in found)
+    found = [misspell("way too long", rng, 1.0) for _ in range(400)]
+    assert any(text.startswith("way to ") for text in found)
 
 
 def test_refusals_stay_refusals() -> None:

@@ -20,6 +20,8 @@ def misspell(text: str, rng: Random, often: float = 0.35) -> str:
     """Type a sentence in haste: with probability `often`, one to three errors in its words."""
     if rng.random() >= often:
         return text
+    if rng.random() < 0.25:
+        text = _run_together(text, rng)
     words = text.split(" ")
     for _ in range(rng.choices((1, 2, 3, 4), (55, 28, 12, 5))[0]):
         # Longer words are mistyped more often, and the shortest hold the sense ("no", "off").
@@ -38,7 +40,26 @@ _CONFUSED: Mapping[str, str] = {
     "off": "of", "too": "to", "than": "then", "then": "than", "your": "youre", "their": "there",
     "of": "off", "to": "too", "her": "he", "the": "teh", "his": "is", "its": "it",
     "you": "u", "please": "plese", "are": "r", "could": "cud", "with": "wit", "and": "an",
+    "slightly": "slighty", "somewhat": "sumwhat", "moderately": "moderatly", "little": "litle",
+    "extremely": "extremly", "noticeably": "noticably", "considerably": "considerbly",
+    "way": "wayy", "much": "mutch",
 }  # fmt: skip
+# Said often and written carelessly: how much.
+_CARELESS: Mapping[str, tuple[str, ...]] = {
+    "a bit": ("abit", "a bti", "a bitt", "bit"), "a lot": ("alot", "a lto", "allot", "lot"),
+    "a little": ("alittle", "a lil", "a littel", "little"), "a tad": ("atad", "tad"),
+    "way too": ("way to", "wayto"), "far too": ("far to", "farr too"), "too": ("to", "tooo"),
+    "as much as": ("as much", "asmuch as"), "a touch": ("a tuch", "touch"),
+}  # fmt: skip
+
+
+def _run_together(text: str, rng: Random) -> str:
+    """Write one expression of size carelessly, where the text has one: "alot", "way to long"."""
+    found = [said for said in _CARELESS if f" {said} " in f" {text} "]
+    if not found:
+        return text
+    said = rng.choice(found)
+    return f" {text} ".replace(f" {said} ", f" {rng.choice(_CARELESS[said])} ", 1)[1:-1]
 
 
 def _mistype(word: str, rng: Random) -> str:

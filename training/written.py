@@ -219,6 +219,8 @@ def vary(sentence: Sentence, rng: Random) -> Sentence:
         text = _swap_nouns(text, sentence, rng)
     if rng.random() < 0.4:
         sentence, text = _resize(sentence, text, rng)
+    if rng.random() < 0.3:
+        sentence, text = _size(sentence, text, rng)
     if rng.random() < 0.4:
         text = text.rstrip(" .!?")
         text = wrap(text, rng, 0.3)
@@ -343,3 +345,55 @@ def _resize(sentence: Sentence, text: str, rng: Random) -> tuple[Sentence, str]:
     changed = f"{text[: found.start()]}{rng.choice(_STEPS[size])} {text[found.end() :]}"
     sign = 1 if edit.change > 0 else -1
     return labelled(sentence.text, Edit(edit.attribute, change=sign * size)), changed
+
+
+# Words that tell a way by themselves, so that a size fits before them; by what they are said of.
+_COMPARED: Mapping[Attribute, str] = {
+    Attribute.BANGS: "longer|shorter|thicker|thinner|fuller|heavier|lighter|denser",
+    Attribute.EYEGLASSES: "thicker|thinner|bolder|heavier|lighter|darker|chunkier|finer|clearer",
+    Attribute.BEARD: "longer|shorter|thicker|thinner|fuller|bushier|denser|heavier|bigger|smaller",
+    Attribute.SMILING: "happier|wider|bigger|broader|brighter|cheerier|smaller|sadder|merrier",
+    Attribute.AGE: "older|younger",
+}
+# How much, after a verb.
+_AFTER: Mapping[int, tuple[str, ...]] = {
+    1: ("a bit", "a little", "slightly", "a touch", "a tad", "by a bit", "just a little", "a notch",
+        "by a hair", "just slightly", "a tiny bit", "only a bit"),
+    2: ("somewhat", "moderately", "noticeably", "by a moderate amount", "a fair bit"),
+    4: ("a lot", "by a lot", "considerably", "a great deal", "quite a lot", "drastically", "loads",
+        "massively", "big time", "significantly", "a whole lot"),
+    5: ("as much as possible", "to the max", "to the extreme", "as far as it goes", "extremely",
+        "as much as you can", "to the maximum"),
+}  # fmt: skip
+_VERB = re.compile(
+    r"(?:please |pls |plz |(?:can|could|would|will) (?:you|u|we) |kindly |i want to |let's )?"
+    "(?:trim|shorten|lengthen|thicken|thin|reduce|increase|decrease|lower|raise|boost|widen|extend|"
+    "brighten|darken|lighten|age|deepen|shrink|enlarge|strengthen|amplify|soften|"
+    r"(?:tone|dial|turn|bring|scale|cut|take|wind|bump)(?= .*\b(?:up|down|back|in)\b)) \w"
+)
+# Where any of these is said, a size is, or does not fit.
+_UNSIZED = re.compile(
+    r"[\d.,?!;:]|\b(?:a|an|than|half|enough|as|not|too|to|so|very|until|till|by|inch|inches|years?|"
+    r"brother|sister|son|daughter|cousin|sibling|self|version|days|never|no|don't|isn't|all|most|frown|"
+    r"rather|fairly|quite|really|only|just|even|but|and|way|off|some|bit|lot|more|less)\b"
+)
+
+
+def _size(sentence: Sentence, text: str, rng: Random) -> tuple[Sentence, str]:
+    """Say how much, where a plain request of a change does not: "trim the beard a bit"."""
+    edit = sentence.edit
+    if edit is None or edit.change is None or edit.value != 3:
+        return sentence, text
+    plain = text.rstrip(" .!?")
+    if _UNSIZED.search(plain) or _ANY_SIZE.search(plain):
+        return sentence, text
+    size = rng.choice(tuple(_STEPS))
+    compared = re.findall(rf"\b(?:{_COMPARED[edit.attribute]})\b", plain)
+    if len(compared) == 1:
+        plain = plain.replace(compared[0], f"{rng.choice(_STEPS[size])} {compared[0]}")
+    elif not compared and _VERB.match(plain) and len(plain.split()) < 9:
+        plain = f"{plain} {rng.choice(_AFTER[size])}"
+    else:
+        return sentence, text
+    sign = 1 if edit.change > 0 else -1
+    return labelled(sentence.text, Edit(edit.attribute, change=sign * size)), plain
