@@ -1,7 +1,8 @@
 """`edsc train` and `edsc weights`: the recipes by name, and what they have made."""
 
 import signal
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -112,8 +113,8 @@ def describe_bundle(folder: Path | None) -> str:
         )
     lines.append(f"{'all':<14} {total / 1e6:>7.2f}  every hash is right")
     if bundle.scores:
-        lines += ["", "scores"]
-        lines += [f"  {name:<32} {_number(value)}" for name, value in bundle.scores.items()]
+        lines += ["", "scores (intervals and the rest: README.md beside the nets)"]
+        lines += [f"  {name:<13} {_score(value)}" for name, value in bundle.scores.items()]
     return "\n".join(lines)
 
 
@@ -127,5 +128,17 @@ def _trained(provenance: dict[str, Any]) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def _number(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _score(value: Any) -> str:
+    """One line of a suite's report: how many bars it reached, or the means that it has."""
+    if not isinstance(value, Mapping):
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if "bars" in value:
+        verdicts = Counter(bar["verdict"] for bar in value["bars"])
+        missed = [bar["what"] for bar in value["bars"] if bar["verdict"] == "missed"]
+        return "; ".join([f"{verdicts['reached']} bars reached, {len(missed)} missed", *missed])
+    means = {name: one["mean"] for name, one in value.items() if _is_figure(one)}
+    return ", ".join(f"{name} {mean:.4g}" for name, mean in means.items())
+
+
+def _is_figure(value: object) -> bool:
+    return isinstance(value, Mapping) and "mean" in value
