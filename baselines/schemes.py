@@ -225,7 +225,7 @@ class LatentLink(BaseScheme):
         watch: Watch | None = None,
     ) -> Sent:
         watch = watch or Watch()
-        w, degrees = self.editor.latent(face, edit, quality, watch)
+        w, degrees = self.editor.latent(face, edit, quality, watch, snr_db)
         with watch("encode"), torch.no_grad():
             symbols = self.encode(w, snr_db)
         picture = self.editor.draw(w)

@@ -313,9 +313,11 @@ def _latent_left(
     """
     if not isinstance(scheme, LatentScheme):
         return None
-    w, _ = scheme.editor.latent(trial.face, trial.wish.edit, conditions.quality)
     x_hat, snr_db = equalise(reception)
     coded_for = noise_variance_to_snr_db(reception.noise_variance)
+    w, _ = scheme.editor.latent(
+        trial.face, trial.wish.edit, conditions.quality, snr_db=conditions.snr_db
+    )
     w_hat = scheme.adapters.decoder(x_hat, snr_db, coded_for)
     code = scheme.adapters.encoder
     error = ((w_hat - w.cpu()) @ code.analysis.T).square().sum()

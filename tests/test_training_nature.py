@@ -10,7 +10,7 @@ from shared.attributes import ATTRIBUTES
 from shared.stylegan2 import Generator, GeneratorConfig, to_sphere
 from training.fields import Codes, FieldsRecipe, Nets, stay_natural, walk_losses, whitener
 from training.nature import Nature, nature_of, regress
-from transmitter.editing import Fields, FieldsConfig, turn
+from transmitter.fields import Fields, FieldsConfig, turn
 from transmitter.inversion import InversionConfig, InversionEncoder
 from transmitter.predictor import Predictor, PredictorConfig
 

@@ -18,7 +18,7 @@ from training.degrees import LEVELS, MIN_GAP, auc, cut_points, levels
 from training.fields import FieldsRecipe
 from training.predictor import JUDGE_RECIPE, PredictorRecipe, ordered_pairs
 from training.run import RunOptions
-from transmitter.editing import Fields
+from transmitter.fields import Fields
 from transmitter.inversion import InversionConfig, InversionEncoder
 from transmitter.predictor import Predictor, PredictorConfig
 

@@ -40,7 +40,8 @@ from training.data import FaceSet, load_faces
 from training.nature import Nature, observe
 from training.run import Run, RunOptions
 from training.teachers import FaceIdentity
-from transmitter.editing import Fields, FieldsConfig, MatchLimits, match, turn
+from transmitter.editing import MatchLimits, match
+from transmitter.fields import Fields, FieldsConfig, turn
 from transmitter.inversion import InversionEncoder
 from transmitter.predictor import Predictor, feature_distance
 
