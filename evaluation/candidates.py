@@ -163,7 +163,8 @@ class UnmatchedEditor(RememberingEditor):
             return w, None
         nets, index = self.transmitter, edit.attribute.index
         with watch("edit"), torch.no_grad():
-            scores = nets.predictor.steady_scores(nets.generator.synthesis(w))
+            rendered = nets.generator.synthesis(w).clamp(-1, 1)
+            scores = nets.predictor.steady_scores(rendered)
             before = nets.predictor.score_degrees(scores)[0]
             expected = edit.expected(int(before[index]))
             steps = 0

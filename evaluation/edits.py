@@ -88,7 +88,8 @@ def edit_faces(
         who = embed(face)
         same_plain = float((embed(plain) * who).sum())
         guide = transmitter.predictor
-        before = guide.score_degrees(guide.steady_scores(transmitter.generator.synthesis(w)))[0]
+        rendered = transmitter.generator.synthesis(w).clamp(-1, 1)
+        before = guide.score_degrees(guide.steady_scores(rendered))[0]
         for edit in possible_edits(before):
             found = match(
                 w,

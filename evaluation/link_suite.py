@@ -148,7 +148,8 @@ def run(
 def _possible(transmitter: Transmitter, w: Tensor, change: int) -> Iterator[Edit]:
     """Edits by +-change of every attribute that is not at that end already."""
     with torch.no_grad():
-        scores = transmitter.predictor.steady_scores(transmitter.generator.synthesis(w))
+        rendered = transmitter.generator.synthesis(w).clamp(-1, 1)
+        scores = transmitter.predictor.steady_scores(rendered)
         before = transmitter.predictor.score_degrees(scores)[0]
     for attribute in ATTRIBUTES:
         degree = int(before[attribute.index])

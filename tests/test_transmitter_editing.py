@@ -1,8 +1,9 @@
 """Fields and attribute matching, on a toy whose answer is known in closed form.
 
-The toy generator shows the latent itself and the toy predictor reads attribute a off its a-th
-number. A field that points along that axis, from a latent at right angles to it, gives the score
-sqrt(512) sin(steps * step_rad): so the step at which each degree begins can be computed.
+The toy generator shows the latent itself, scaled to the range of pictures, and the toy predictor
+reads attribute a off its a-th number. A field that points along that axis, from a latent at right
+angles to it, gives the score sqrt(512) sin(steps * step_rad): so the step at which each degree
+begins can be computed.
 """
 
 import math
@@ -23,12 +24,13 @@ from transmitter.fields import Fields, FieldsConfig, turn
 from transmitter.predictor import Predictor, PredictorConfig
 
 STEP_RAD = 0.02
+RANGE = 23.0  # just above sqrt(512)
 CUTS = torch.tensor([1.0, 3.0, 5.0, 7.0, 9.0])
 PAPER = MatchLimits(max_steps=100, looks=None, batch=1, near=0.0)  # walk until the aim is met
 
 
 class Mirror:
-    """G: the image is the latent."""
+    """G: the image is the latent, which has no number above RANGE."""
 
     def __init__(self) -> None:
         self.drawn = 0
@@ -39,7 +41,7 @@ class Mirror:
 
     def _draw(self, w: Tensor) -> Tensor:
         self.drawn += len(w)
-        return w
+        return w / RANGE
 
 
 class Reader:
@@ -51,7 +53,7 @@ class Reader:
         self._law.cuts.copy_(self.cuts)
 
     def steady_scores(self, image: Tensor) -> Tensor:
-        return image[:, :5]
+        return image[:, :5] * RANGE
 
     def score_degrees(self, scores: Tensor) -> Tensor:
         return self._law.score_degrees(scores)
@@ -170,7 +172,7 @@ def test_the_degree_is_met_where_it_arrives(limits: str, degree: int) -> None:
     assert found.expected == degree
     assert found.reached
     assert int(found.after[2]) == degree
-    assert torch.equal(found.image, halved(found.w))
+    assert torch.equal(found.image, halved(found.w) / RANGE)
     arrived = float(found.w[0, 2]) / 2
     assert abs(arrived - 2.0 * degree) <= 0.3
     unaware = match(
@@ -182,6 +184,33 @@ def test_the_degree_is_met_where_it_arrives(limits: str, degree: int) -> None:
         limits=LIMITS[limits],
     )
     assert found.steps > 1.5 * unaware.steps
+
+
+class Brighter(Mirror):
+    """Draws so brightly that a number of 6 is white, and nothing shows more."""
+
+    def _draw(self, w: Tensor) -> Tensor:
+        return super()._draw(w) * RANGE / 6
+
+
+class BrightReader(Reader):
+    def steady_scores(self, image: Tensor) -> Tensor:
+        return image[:, :5] * 6
+
+
+@pytest.mark.parametrize(("degree", "reached"), [(2, True), (4, False)])
+def test_only_what_can_be_shown_counts(degree: int, reached: bool) -> None:
+    """What leaves the range is cut when it is drawn, so a degree beyond it is not promised."""
+    found = match(
+        start(),
+        Edit(Attribute.SMILING, target=degree),
+        generator=Brighter(),
+        fields=toy_fields(),
+        predictor=BrightReader(),
+        limits=PAPER,
+    )
+    assert found.reached == reached
+    assert float(found.image.max()) <= 1.0
 
 
 def test_arrival_is_the_code_without_noise() -> None:

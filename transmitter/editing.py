@@ -5,8 +5,8 @@
         +------ until the expected degree is met --------+
 
 What counts is the degree that is received. A channel at a finite SNR takes of every component what
-the code gave it too little power for, and some attributes lose whole degrees so (at 12 dB, long
-bangs lose one). So a step is judged as it will arrive on average (`Arrival`), not as it is sent:
+the code gave it too little power for, and the picture that is drawn there is kept in range. So a
+step is judged as it will arrive on average (`Arrival`) and as it will be shown, not as it is sent:
 the editing knows the channel code, as joint editing-channel coding has it.
 
 The walk is rolled out in latent space alone, which is cheap; generator and predictor look at a few
@@ -74,8 +74,8 @@ class Match:
 
     w [1,512]; before, after: the degrees [5] int64 the predictor sees on G of the latent given, and
     on G of w as it arrives; expected: the degree asked of the edited attribute, 0..5 (Eq. 10);
-    steps walked to w; reached: whether after[attribute] == expected; image [1,3,H,W]: what `after`
-    was seen on, as it was drawn, not clamped; looks: pictures drawn and judged, the first included.
+    steps walked to w; reached: whether after[attribute] == expected; image [1,3,H,W] in [-1, 1]:
+    what `after` was seen on; looks: pictures drawn and judged, the first included.
     """
 
     w: Tensor
@@ -107,7 +107,7 @@ class Judge(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Look:
-    """What was seen at a latent: the picture [1, 3, H, W] and its scores [5]."""
+    """What was seen at a latent: the picture [1, 3, H, W] in [-1, 1] and its scores [5]."""
 
     image: Tensor
     scores: Tensor
@@ -142,7 +142,8 @@ class Matching:
 
         @torch.no_grad()
         def look(latents: Sequence[Tensor]) -> Sequence[Look]:
-            images = generator.synthesis(torch.cat(list(latents)))
+            # In range, as they are shown: blacker than black reads as hair to the predictor.
+            images = generator.synthesis(torch.cat(list(latents))).clamp(-1, 1)
             scores = predictor.steady_scores(images)  # [B, 5]
             # Clones: a picture that is kept should not keep the others of its batch in memory.
             return [Look(images[i : i + 1].clone(), scores[i].clone()) for i in range(len(latents))]

@@ -225,7 +225,7 @@ class Transmitter:
             match_steps=0 if found is None else found.steps,
             faces_found=faces_found,
             aligned=face.cpu(),
-            sent=look.image.clamp(-1, 1).cpu(),
+            sent=look.image.cpu(),
             timings_ms=watch.timings_ms(),
         )
 
