@@ -119,7 +119,9 @@ def test_a_walk_shorter_than_nature_costs_what_it_lacks(share: float, expected: 
     fields = Fields(FieldsConfig(depth=2), torch.Generator().manual_seed(0))
     fields.start_at(nature.axes)
     w = to_sphere(w[:40])
-    recipe = replace(FieldsRecipe(), per_attribute=4, largest_turn=0.08, views=1, roll_out=1)
+    recipe = replace(
+        FieldsRecipe(), natural_weight=1.0, per_attribute=4, largest_turn=0.08, roll_out=1
+    )
     # Everybody is at degree 0, so a walk goes up; every one turns by exactly 0.08 rad.
     codes = Codes(w, torch.full((40, 5), -9.0), torch.zeros(40, 512))
     gone = torch.stack(

@@ -212,11 +212,11 @@ def bundle_of_tiny_nets(tmp_path: Path) -> Path:
 
 def test_fields_recipe_resumes_exactly(tmp_path: Path, bundle_of_tiny_nets: Path) -> None:
     options = _options(tmp_path, "fields", 4)
-    fields_recipe.train(options, recipe=F_RECIPE)
+    fields_recipe.train(options, recipe=F_RECIPE, coach_recipe=P_RECIPE)
     whole = Bundle.open(bundle_of_tiny_nets).tensors("fields")
     halves = replace(options, runs=tmp_path / "runs-other", steps=2)
     for _ in range(2):
-        fields_recipe.train(halves, recipe=F_RECIPE)
+        fields_recipe.train(halves, recipe=F_RECIPE, coach_recipe=P_RECIPE)
     assert _same(whole, Bundle.open(bundle_of_tiny_nets).tensors("fields"))
     loaded = Fields.from_bundle(Bundle.open(bundle_of_tiny_nets))
     w = to_sphere(torch.randn(2, 512, generator=torch.Generator().manual_seed(0)))
@@ -226,7 +226,7 @@ def test_fields_recipe_resumes_exactly(tmp_path: Path, bundle_of_tiny_nets: Path
 
 def test_fields_of_other_nets_are_not_resumed(tmp_path: Path, bundle_of_tiny_nets: Path) -> None:
     options = _options(tmp_path, "fields", 1)
-    fields_recipe.train(options, recipe=F_RECIPE)
+    fields_recipe.train(options, recipe=F_RECIPE, coach_recipe=P_RECIPE)
     generator = Generator(GeneratorConfig(channels=(16, 16, 8, 8, 4, 4), mapping_layers=1))
     write_net(
         bundle_of_tiny_nets,
@@ -236,8 +236,8 @@ def test_fields_of_other_nets_are_not_resumed(tmp_path: Path, bundle_of_tiny_net
         provenance={},
     )
     with pytest.raises(InvalidRequest, match="--fresh"):
-        fields_recipe.train(options, recipe=F_RECIPE)
-    fields_recipe.train(replace(options, fresh=True), recipe=F_RECIPE)
+        fields_recipe.train(options, recipe=F_RECIPE, coach_recipe=P_RECIPE)
+    fields_recipe.train(replace(options, fresh=True), recipe=F_RECIPE, coach_recipe=P_RECIPE)
 
 
 def test_fields_need_the_nets_they_edit(tmp_path: Path) -> None:

@@ -8,10 +8,12 @@
 Real inverted codes come first, because fields trained on sampled faces alone edit real photographs
 badly; jittered and sampled codes are mixed in.
 
-An edit has to be visible, and a pattern that fools P is not. So the fields' directions are kept in
-the subspace of people's labels; a walk that P takes for so many degrees has to go as far along the
-attribute's natural axis as real faces so many degrees apart differ; and P looks at every picture
-in several views, shifted, softened and made noisy.
+An edit has to be visible, and a pattern that fools P is not. So what is judged is what arrives: the
+walked latent has crossed the channel, with its noise, and the picture is cut to its range. Two
+predictors have to see the degree in views that are shifted, softened and made noisy: P, and a coach
+that was trained apart and is never shipped. How far to walk per unit of score is learned together
+with the directions: where the length is given, a steeper field is one that overshoots, and nothing
+makes walks short.
 
 Losses, Eqs. (12) to (15): cross-entropy of P with the asked degree; the other attributes keep their
 distributions; the same person (1 - cosine of EdgeFace, and a small perceptual term); the walk stays
@@ -31,6 +33,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from channel_sim.channel import Channel, ChannelConfig
+from shared.adapters import Adapters
 from shared.attributes import ATTRIBUTES, MAX_DEGREE, Edit
 from shared.bundle import Bundle, write_net
 from shared.errors import InvalidRequest
@@ -38,6 +42,7 @@ from shared.stylegan2 import Generator, to_sphere
 from training.augment import add_noise, jitter_geometry, soften
 from training.data import FaceSet, load_faces
 from training.nature import Nature, observe
+from training.predictor import PredictorRecipe, open_coach
 from training.run import Run, RunOptions
 from training.teachers import FaceIdentity
 from transmitter.editing import MatchLimits, match
@@ -52,10 +57,10 @@ NAME = "fields"
 class FieldsRecipe:
     """Lengths, weights of the losses, and how far walks go. About 9 minutes on two CPU cores."""
 
-    length: int = 400
+    length: int = 100
     depth: int = 8
     per_attribute: int = 3
-    codes: int = 4000
+    codes: int = 1200
     sampled_share: float = 0.1
     jittered_share: float = 0.2
     jitter: float = 0.25
@@ -63,18 +68,22 @@ class FieldsRecipe:
     warm_up: int = 20
     roll_out: int = 3
     step_rad: float = 0.02
-    largest_turn: float = 0.7
+    largest_turn: float = 0.8
+    slope_rate: float = 0.02
+    lowest_snr_db: float = 9.0
+    highest_snr_db: float = 18.0
     target_weight: float = 1.0
     others_weight: float = 1.0
-    identity_weight: float = 2.0
+    identity_weight: float = 4.0
     perceptual_weight: float = 0.5
-    natural_weight: float = 1.0
-    natural_faces: int = 8000
-    views: int = 2
+    natural_weight: float = 0.0
+    natural_faces: int = 3000
+    stay_natural: bool = False
+    views: int = 1
     statistics_weight: float = 2.0
     checkpoint_minutes: float = 3.0
-    report_steps: int = 25
-    validation_faces: int = 24
+    report_steps: int = 10
+    validation_faces: int = 8
 
 
 @dataclass(frozen=True)
@@ -94,6 +103,21 @@ class Nets:
     encoder: InversionEncoder
     predictor: Predictor
     identity: FaceIdentity | None
+    coach: Predictor | None = None
+    adapters: Adapters | None = None
+
+    def received(self, w: Tensor, snr_db: float, draw: torch.Generator) -> Tensor:
+        """Latents [B,512] -> pictures [B,3,S,S] in [-1,1] of what arrives of them; differentiable.
+
+        Without adapters nothing is lost on the way.
+        """
+        if self.adapters is not None:
+            symbols = self.adapters.encoder(w, snr_db)
+            arrived = Channel(ChannelConfig("awgn"))(symbols, snr_db, draw).y
+            w = self.adapters.decoder(arrived, snr_db)
+        with torch.autocast(w.device.type, torch.bfloat16):
+            image = self.generator.synthesis(w)
+        return image.float().clamp(-1, 1)
 
     def who(self, image: Tensor) -> Tensor:
         """Unit embeddings [B,512] of faces [B,3,128,128]; zeros without an identity net."""
@@ -102,8 +126,12 @@ class Nets:
         return self.identity(image)
 
 
-def open_nets(options: RunOptions, device: torch.device) -> Nets:
-    """The bundle's nets, frozen, on the device; InvalidRequest names the first one missing."""
+def open_nets(
+    options: RunOptions, device: torch.device, coach_recipe: PredictorRecipe | None = None
+) -> Nets:
+    """The bundle's nets and the coach, frozen, on the device; InvalidRequest names the first one
+    missing.
+    """
     bundle = Bundle.open(options.bundle)
     for net in ("generator", "inversion", "predictor"):
         if not bundle.has(net):
@@ -111,11 +139,14 @@ def open_nets(options: RunOptions, device: torch.device) -> Nets:
                 f"training fields needs {net!r} in {bundle.folder}: train it first"
             )
     known = (options.data / "nets" / "edgeface_xs.torchscript.pt").is_file()
+    coach = open_coach(options, recipe=coach_recipe)
     return Nets(
         Generator.from_bundle(bundle).to(device),
         InversionEncoder.from_bundle(bundle).to(device),
         Predictor.from_bundle(bundle).to(device),
         FaceIdentity(options.data, device) if known else None,
+        coach.to(device),
+        Adapters.from_bundle(bundle).to(device),
     )
 
 
@@ -147,8 +178,8 @@ def collect_codes(
     scores, who = [], []
     for part in torch.split(w, 16):
         with torch.autocast(device.type, torch.bfloat16):
-            image = nets.generator.synthesis(part).float()
-            scores.append(nets.predictor.scores(image).float())
+            image = nets.generator.synthesis(part).float().clamp(-1, 1)
+            scores.append(nets.predictor.steady_scores(image).float())
         who.append(nets.who(image))
     return Codes(w, torch.cat(scores), torch.cat(who))
 
@@ -166,7 +197,8 @@ def measure_slopes(nets: Nets, fields: Fields, codes: Codes, turn_rad: float = 0
         rises = []
         for sign in (1, -1):
             moved = roll_out_one(fields, w, attribute.index, sign * turn_rad, 3)
-            end = nets.predictor.scores(nets.generator.synthesis(moved))
+            image = nets.generator.synthesis(moved).clamp(-1, 1)
+            end = nets.predictor.steady_scores(image)
             rises.append(sign * (end - start)[:, attribute.index].mean() / turn_rad)
         slopes.append(max(rises, key=lambda rise: float(rise.abs())))
     return torch.stack(slopes)
@@ -191,12 +223,17 @@ def roll_out(fields: Fields, w: Tensor, turn_rad: Tensor, steps: int) -> Tensor:
     return w
 
 
-def train(options: RunOptions, *, recipe: FieldsRecipe | None = None) -> None:
+def train(
+    options: RunOptions,
+    *,
+    recipe: FieldsRecipe | None = None,
+    coach_recipe: PredictorRecipe | None = None,
+) -> None:
     """Train the fields of the bundle's generator and write them to it; resumes exactly."""
     recipe = FieldsRecipe() if recipe is None else recipe
+    nets = open_nets(options, options.torch_device(), coach_recipe)
     with Run(NAME, options) as run:
         state = run.restore()
-        nets = open_nets(options, run.device)
         made_of = Bundle.open(options.bundle, verify=False)
         digest = "".join(
             made_of.index["nets"][n]["sha256"][:8] for n in ("generator", "inversion", "predictor")
@@ -225,14 +262,20 @@ def train(options: RunOptions, *, recipe: FieldsRecipe | None = None) -> None:
             codes = collect_codes(nets, faces, recipe, run.device, draw)
             del faces
             fields.start_at(nature.axes)
-            slopes = measure_slopes(nets, fields, codes).abs().clamp(min=0.5)
+            log_slopes = measure_slopes(nets, fields, codes).abs().clamp(min=0.5).log()  # [5]
         else:
             codes = Codes(*(state[key] for key in ("w", "scores", "who")))
             nature = Nature(state["axes"], state["subspace"])
-            slopes = state["slopes"]
+            log_slopes = state["log_slopes"]
             fields.load_state_dict(state["fields"])
         whiten = whitener(codes.w)
-        optimizer = torch.optim.Adam(fields.parameters(), recipe.learning_rate)
+        log_slopes.requires_grad_(True)
+        optimizer = torch.optim.Adam(
+            [
+                {"params": list(fields.parameters()), "peak": recipe.learning_rate},
+                {"params": [log_slopes], "peak": recipe.slope_rate},
+            ]
+        )
         if state is not None:
             optimizer.load_state_dict(state["optimizer"])
 
@@ -242,7 +285,7 @@ def train(options: RunOptions, *, recipe: FieldsRecipe | None = None) -> None:
                     "digest": digest,
                     **vars(codes),
                     **vars(nature),
-                    "slopes": slopes,
+                    "log_slopes": log_slopes.detach(),
                     "fields": fields.state_dict(),
                     "optimizer": optimizer.state_dict(),
                 }
@@ -267,15 +310,18 @@ def train(options: RunOptions, *, recipe: FieldsRecipe | None = None) -> None:
             progress = min(1.0, max(run.step / recipe.length, spent))
             ramp = min(1.0, (run.step + 1) / recipe.warm_up) * (1 - 0.9 * progress)
             for group in optimizer.param_groups:
-                group["lr"] = recipe.learning_rate * ramp
+                group["lr"] = group["peak"] * ramp
             draw = torch.Generator().manual_seed(options.seed * 1_000_003 + run.step)
-            losses = walk_losses(nets, fields, codes, nature, slopes, whiten, recipe, draw)
+            losses = walk_losses(
+                nets, fields, codes, nature, log_slopes.exp(), whiten, recipe, draw
+            )
             loss = torch.stack(list(losses.values())).sum()
             optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(loss)
             nn.utils.clip_grad_norm_(fields.parameters(), 1.0)
             optimizer.step()
-            stay_natural(fields, nature)
+            if recipe.stay_natural:
+                stay_natural(fields, nature)
             run.step += 1
             run.images += len(ATTRIBUTES) * recipe.per_attribute
             for key, value in losses.items():
@@ -335,13 +381,13 @@ def walk_losses(
     )
     need = (aim - scores[torch.arange(n * m), rows]).abs() / slopes[rows]
     stretch = 0.8 + 0.5 * torch.rand(n * m, generator=draw).to(device)
-    angle = sign * (need * stretch).clamp(0.08, recipe.largest_turn)
+    angle = sign * (need * stretch).clamp(0.04, recipe.largest_turn)
 
     walked = roll_out(fields, w.reshape(n, m, -1), angle.reshape(n, m), recipe.roll_out)
     walked = walked.reshape(n * m, -1)
-    with torch.autocast(device.type, torch.bfloat16):
-        image = nets.generator.synthesis(walked)
-    image = image.float()
+    span = recipe.highest_snr_db - recipe.lowest_snr_db
+    snr_db = recipe.lowest_snr_db + span * float(torch.rand(1, generator=draw))
+    image = nets.received(walked, snr_db, draw)
     views = torch.cat([image] * recipe.views)
     seen = jitter_geometry(views, draw, shift=0.03, turn_deg=3.0, zoom=0.03)
     seen = add_noise(soften(seen, draw), draw, 0.05)
@@ -356,6 +402,13 @@ def walk_losses(
     own = torch.zeros(n * m, n, device=device)
     own[torch.arange(n * m), rows] = 1
     reach = -log_p[torch.arange(n * m), rows, target]  # Eq. (12)
+    if nets.coach is not None:
+        again = jitter_geometry(image, draw, shift=0.03, turn_deg=3.0, zoom=0.03)
+        again = soften(again, draw)
+        with torch.autocast(device.type, torch.bfloat16):
+            last = nets.coach.features(again)[-1]
+        told = nets.coach.score_logits(nets.coach.heads(last.float().flatten(1))[0])
+        reach = (reach - told.log_softmax(-1)[torch.arange(n * m), rows, target]) / 2
     drift = (kept * (kept.clamp(min=1e-9).log() - log_p)).sum(-1)  # KL, [n * m, 5]
     losses = {
         # A degree that is many classes away costs a lot whatever the field does: bound its pull.
@@ -370,7 +423,8 @@ def walk_losses(
         losses["identity"] = recipe.identity_weight * (1 - same).mean()  # Eq. (13)
     if recipe.perceptual_weight > 0:
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
-            original = nets.predictor.features(nets.generator.synthesis(w).float())[:3]
+            plain = nets.generator.synthesis(w).float().clamp(-1, 1)
+            original = nets.predictor.features(plain)[:3]
         with torch.autocast(device.type, torch.bfloat16):
             edited = nets.predictor.features(image)[:3]
         losses["perceptual"] = recipe.perceptual_weight * feature_distance(edited, original).mean()
@@ -394,7 +448,7 @@ def validate(
     """
     index = torch.arange(min(len(faces), recipe.validation_faces))
     w = torch.cat([nets.encoder(faces.batch(i[None]).to(run.device)) for i in index])
-    plain = nets.generator.synthesis(w)
+    plain = nets.generator.synthesis(w).clamp(-1, 1)
     who = nets.who(plain)
     limits = MatchLimits(looks=8, batch=4)
     result: dict[str, float] = {}
@@ -413,7 +467,7 @@ def validate(
                     predictor=nets.predictor,
                     limits=limits,
                 )
-                pictures[i] = nets.generator.synthesis(found.w)[0]
+                pictures[i] = found.image[0]
                 before, after = (
                     int(found.before[attribute.index]),
                     int(found.after[attribute.index]),
