@@ -222,6 +222,7 @@ def test_arrival_is_the_code_without_noise() -> None:
     dim = arrival_of(code.encoder, code.decoder, 0.0)(w)
     torch.testing.assert_close(dim, w / 2, atol=1e-2, rtol=0)
     assert not dim.requires_grad
+    torch.testing.assert_close(arrival_of(code.encoder, code.decoder, -20.0)(w), dim)
 
 
 def test_a_look_near_the_aim_is_the_last() -> None:

@@ -35,6 +35,9 @@ Arrival = Callable[[Tensor], Tensor]
 """Latents [B,512] as sent -> [B,512] as they arrive on average: no noise, but what it costs."""
 
 
+LOWEST_ARRIVAL_DB = 0.0
+
+
 @dataclass(frozen=True)
 class MatchLimits:
     """How far to walk and how closely to watch.
@@ -256,7 +259,12 @@ def matching(
 
 
 def arrival_of(encoder: ChannelEncoder, decoder: ChannelDecoder, snr_db: float) -> Arrival:
-    """How latents arrive on average at this SNR: coded and decoded, without the noise."""
+    """How latents arrive on average at this SNR: coded and decoded, without the noise.
+
+    Below LOWEST_ARRIVAL_DB as there: to see a whole degree behind a channel that leaves a fifth of
+    the face, a walk would have to spend all of the message's power on it.
+    """
+    snr_db = max(snr_db, LOWEST_ARRIVAL_DB)
 
     @torch.no_grad()
     def arrive(w: Tensor) -> Tensor:
