@@ -119,7 +119,7 @@ class Nets:
         arrived = Channel(ChannelConfig("awgn"))(symbols, snr_db, draw).y
         w = self.adapters.decoder(arrived, snr_db)
         with torch.autocast(w.device.type, torch.bfloat16):
-            image = self.generator.synthesis(w)
+            image: Tensor = self.generator.synthesis(w)
         return image.float().clamp(-1, 1)
 
     def who(self, image: Tensor) -> Tensor:
