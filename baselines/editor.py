@@ -93,6 +93,19 @@ class Editor:
             )
         return INVERSION_STEPS[quality]
 
+    def inverted(self, face: Tensor, quality: Quality, watch: Watch) -> Tensor:
+        """The latent w [1, 512] of the face [1, 3, S, S] as it is; stage invert."""
+        nets = self.transmitter
+        with watch("invert"):
+            return invert(
+                face.to(nets.device),
+                nets.encoder,
+                nets.generator,
+                nets.predictor,
+                self.inversion_steps(quality),
+                cancelled=watch.cancelled,
+            )
+
     def latent(
         self,
         face: Tensor,
@@ -106,17 +119,8 @@ class Editor:
         face: [1, 3, S, S] in [-1, 1]. edit: None inverts only, and the degrees are None. snr_db:
         of the channel that the latent itself will cross; None where a picture is sent.
         """
-        watch = watch or Watch()
-        steps, nets = self.inversion_steps(quality), self.transmitter
-        with watch("invert"):
-            w = invert(
-                face.to(nets.device),
-                nets.encoder,
-                nets.generator,
-                nets.predictor,
-                steps,
-                cancelled=watch.cancelled,
-            )
+        watch, nets = watch or Watch(), self.transmitter
+        w = self.inverted(face, quality, watch)
         if edit is None:
             return w, None
         with watch("edit"):

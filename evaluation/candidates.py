@@ -107,6 +107,11 @@ class RememberingEditor(Editor):
             key, watch or Watch(), lambda own: self._latent(face, edit, quality, own, snr_db)
         )
 
+    def inverted(self, face: Tensor, quality: Quality, watch: Watch) -> Tensor:
+        plain = super().inverted
+        key = ("inverted", self._kind, fingerprint(face), quality)
+        return self.memory.once(key, watch, lambda own: plain(face, quality, own))
+
     def draw(self, w: Tensor, watch: Watch | None = None) -> Tensor:
         plain = super().draw
         key = ("draw", fingerprint(w.cpu()))

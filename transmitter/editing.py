@@ -343,10 +343,13 @@ class _Walk:
                 self.best, self.image, self._worth = step, look.image, worth
 
     def _rank(self, step: int) -> tuple[int, float, int]:
-        """At the target by nearness to the aim, before all that are not; the earlier first."""
+        """At the target by nearness to the aim, before all that are not; the earlier first.
+
+        In thousandths: a batch's rounding must not decide between steps that are alike.
+        """
         if self.at_target(step):
-            return 1, -self.off(step), -step
-        return 0, -self.lacks(step), -step
+            return 1, -round(self.off(step), 3), -step
+        return 0, -round(self.lacks(step), 3), -step
 
     def score(self, step: int) -> float:
         return float(self.scores[step][self.index])
