@@ -93,24 +93,34 @@ class Editor:
             )
         return INVERSION_STEPS[quality]
 
-    def latent(
-        self, face: Tensor, edit: Edit | None, quality: Quality, watch: Watch | None = None
-    ) -> tuple[Tensor, Degrees | None]:
-        """The latent w [1, 512] of the edited face, and what the walk saw; stages invert, edit.
-
-        face: [1, 3, S, S] in [-1, 1]. edit: None inverts only, and the degrees are None.
-        """
-        watch = watch or Watch()
-        steps, nets = self.inversion_steps(quality), self.transmitter
+    def inverted(self, face: Tensor, quality: Quality, watch: Watch) -> Tensor:
+        """The latent w [1, 512] of the face [1, 3, S, S] as it is; stage invert."""
+        nets = self.transmitter
         with watch("invert"):
-            w = invert(
+            return invert(
                 face.to(nets.device),
                 nets.encoder,
                 nets.generator,
                 nets.predictor,
-                steps,
+                self.inversion_steps(quality),
                 cancelled=watch.cancelled,
             )
+
+    def latent(
+        self,
+        face: Tensor,
+        edit: Edit | None,
+        quality: Quality,
+        watch: Watch | None = None,
+        snr_db: float | None = None,
+    ) -> tuple[Tensor, Degrees | None]:
+        """The latent w [1, 512] of the edited face, and what the walk saw; stages invert, edit.
+
+        face: [1, 3, S, S] in [-1, 1]. edit: None inverts only, and the degrees are None. snr_db:
+        of the channel that the latent itself will cross; None where a picture is sent.
+        """
+        watch, nets = watch or Watch(), self.transmitter
+        w = self.inverted(face, quality, watch)
         if edit is None:
             return w, None
         with watch("edit"):
@@ -120,6 +130,7 @@ class Editor:
                 generator=nets.generator,
                 fields=nets.fields,
                 predictor=nets.predictor,
+                arrival=None if snr_db is None else nets.arrival(snr_db),
                 limits=quality,
                 cancelled=watch.cancelled,
                 progress=watch.within("edit"),

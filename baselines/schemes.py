@@ -202,7 +202,12 @@ class BaseScheme:
 
 
 class LatentLink(BaseScheme):
-    """The edited latent as symbols, and back: `encode` and `decode` say how."""
+    """The edited latent as symbols, and back: `encode` and `decode` say how.
+
+    adapted: whether adapters do it, so that the editor can foresee what arrives.
+    """
+
+    adapted = False
 
     @property
     def cbr_printed(self) -> float | None:
@@ -225,7 +230,8 @@ class LatentLink(BaseScheme):
         watch: Watch | None = None,
     ) -> Sent:
         watch = watch or Watch()
-        w, degrees = self.editor.latent(face, edit, quality, watch)
+        foreseen_db = snr_db if self.adapted else None
+        w, degrees = self.editor.latent(face, edit, quality, watch, foreseen_db)
         with watch("encode"), torch.no_grad():
             symbols = self.encode(w, snr_db)
         picture = self.editor.draw(w)
@@ -241,6 +247,8 @@ class LatentLink(BaseScheme):
 
 class LatentScheme(LatentLink):
     """A joint source-channel code of adapters: Editable-DeepSC, and its closed form."""
+
+    adapted = True
 
     def __init__(self, plan: Plan, editor: Editor, adapters: Adapters) -> None:
         self.plan, self.editor = plan, editor

@@ -11,16 +11,16 @@ from shared.errors import InvalidRequest
 from training.run import RunOptions
 
 # What `all` trains, in order: the mapping network, the fields and the adapters want the generator
-# and its inversion encoder, the fields also the predictor. The judge only evaluates. The
-# baselines' codec, `deepsc`, is no part of the link.
+# and its inversion encoder, the fields also the predictor and the adapters. The judge only
+# evaluates. The baselines' codec, `deepsc`, is no part of the link.
 ORDER: Final = (
     "predictor",
     "faces",
     "text",
     "generator",
     "mapping",
-    "fields",
     "adapters",
+    "fields",
     "judge",
 )
 

@@ -260,6 +260,7 @@ def editing(
         FaceIdentity(data),
         faces.first(options.edited),
         options.quality,
+        EDIT_SNR_DB,
     )
     yield from edit_bars(list(edits))
 

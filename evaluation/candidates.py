@@ -93,12 +93,24 @@ class RememberingEditor(Editor):
         self.memory = memory or Memory()
 
     def latent(
-        self, face: Tensor, edit: Edit | None, quality: Quality, watch: Watch | None = None
+        self,
+        face: Tensor,
+        edit: Edit | None,
+        quality: Quality,
+        watch: Watch | None = None,
+        snr_db: float | None = None,
     ) -> tuple[Tensor, Degrees | None]:
-        key = ("latent", self._kind, fingerprint(face), edit, quality)
+        if edit is None:  # an inversion is the same whatever the channel
+            snr_db = None
+        key = ("latent", self._kind, fingerprint(face), edit, quality, snr_db)
         return self.memory.once(
-            key, watch or Watch(), lambda own: self._latent(face, edit, quality, own)
+            key, watch or Watch(), lambda own: self._latent(face, edit, quality, own, snr_db)
         )
+
+    def inverted(self, face: Tensor, quality: Quality, watch: Watch) -> Tensor:
+        plain = super().inverted
+        key = ("inverted", self._kind, fingerprint(face), quality)
+        return self.memory.once(key, watch, lambda own: plain(face, quality, own))
 
     def draw(self, w: Tensor, watch: Watch | None = None) -> Tensor:
         plain = super().draw
@@ -110,9 +122,14 @@ class RememberingEditor(Editor):
         return "as it is"
 
     def _latent(
-        self, face: Tensor, edit: Edit | None, quality: Quality, watch: Watch
+        self,
+        face: Tensor,
+        edit: Edit | None,
+        quality: Quality,
+        watch: Watch,
+        snr_db: float | None,
     ) -> tuple[Tensor, Degrees | None]:
-        return super().latent(face, edit, quality, watch)
+        return super().latent(face, edit, quality, watch, snr_db)
 
 
 class SteppedEditor(RememberingEditor):
@@ -139,14 +156,20 @@ class UnmatchedEditor(RememberingEditor):
         return "unmatched"
 
     def _latent(
-        self, face: Tensor, edit: Edit | None, quality: Quality, watch: Watch
+        self,
+        face: Tensor,
+        edit: Edit | None,
+        quality: Quality,
+        watch: Watch,
+        snr_db: float | None,
     ) -> tuple[Tensor, Degrees | None]:
-        w, _ = super()._latent(face, None, quality, watch)
+        w, _ = super()._latent(face, None, quality, watch, None)
         if edit is None:
             return w, None
         nets, index = self.transmitter, edit.attribute.index
         with watch("edit"), torch.no_grad():
-            scores = nets.predictor.scores(nets.generator.synthesis(w))
+            rendered = nets.generator.synthesis(w).clamp(-1, 1)
+            scores = nets.predictor.steady_scores(rendered)
             before = nets.predictor.score_degrees(scores)[0]
             expected = edit.expected(int(before[index]))
             steps = 0

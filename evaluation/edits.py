@@ -38,10 +38,10 @@ Route = Callable[[Tensor, int], Tensor]  # latents [B, k], seed -> received pict
 class EditedFace:
     """One edit of one face: what was asked, what the link said, what others saw.
 
-    before, expected: degrees by the shipped predictor, 0..5. reached: whether it saw the expected
-    one before the channel. judged_before, judged: the judge's degrees of the received pictures.
-    drift: mean change of the other four attributes in the judge's expected degrees. same,
-    same_plain: cosine of the received picture with and without edit to the photograph.
+    before, expected: degrees by the shipped predictor, 0..5. reached: whether it foresaw the
+    expected one behind the channel. judged_before, judged: the judge's degrees of the received
+    pictures. drift: mean change of the other four attributes in the judge's expected degrees.
+    same, same_plain: cosine of the received picture with and without edit to the photograph.
     """
 
     face: int
@@ -65,8 +65,13 @@ def edit_faces(
     embed: Embed,
     faces: FaceSet,
     quality: Quality,
+    snr_db: float,
 ) -> Iterator[EditedFace]:
-    """Make every possible edit of every face and look at what arrives."""
+    """Make every possible edit of every face and look at what arrives.
+
+    snr_db: of `route`, which the transmitter knows.
+    """
+    arrival = transmitter.arrival(snr_db)
     for number in range(len(faces)):
         face = faces.batch(torch.tensor([number])).to(transmitter.device)
         with torch.enable_grad():  # a refined inversion needs gradients
@@ -78,22 +83,25 @@ def edit_faces(
                 INVERSION_STEPS[quality],
             )
         plain = route(w, number)
-        plain_scores = judged_scores(judge, plain)
+        plain_scores = judge.steady_scores(plain)
         plain_degrees = expected_degree(judge.score_logits(plain_scores))
         who = embed(face)
         same_plain = float((embed(plain) * who).sum())
-        before = transmitter.predictor.degrees(transmitter.generator.synthesis(w))[0]
+        guide = transmitter.predictor
+        rendered = transmitter.generator.synthesis(w).clamp(-1, 1)
+        before = guide.score_degrees(guide.steady_scores(rendered))[0]
         for edit in possible_edits(before):
             found = match(
                 w,
                 edit,
                 generator=transmitter.generator,
                 fields=transmitter.fields,
-                predictor=transmitter.predictor,
+                predictor=guide,
+                arrival=arrival,
                 limits=quality,
             )
             edited, index = route(found.w, number), edit.attribute.index
-            scores = judged_scores(judge, edited)
+            scores = judge.steady_scores(edited)
             after = expected_degree(judge.score_logits(scores))
             drift = non_target_drift(plain_degrees, after, edit.attribute)
             assert edit.change is not None  # possible_edits makes no targets
@@ -110,11 +118,6 @@ def edit_faces(
                 same=float((embed(edited) * who).sum()),
                 same_plain=same_plain,
             )
-
-
-def judged_scores(judge: Predictor, image: Tensor) -> Tensor:
-    """The judge's scores [B, 5], the mean over the picture and its mirror image: steadier."""
-    return (judge.scores(image) + judge.scores(image.flip(3))) / 2
 
 
 def possible_edits(before: Tensor) -> Iterator[Edit]:

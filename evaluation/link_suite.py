@@ -127,6 +127,7 @@ def run(
                 generator=transmitter.generator,
                 fields=transmitter.fields,
                 predictor=transmitter.predictor,
+                arrival=transmitter.arrival(snr_db),
                 limits=quality,
             )
             after = transmitter.predictor.degrees(through(found.w, number))[0]
@@ -147,7 +148,9 @@ def run(
 def _possible(transmitter: Transmitter, w: Tensor, change: int) -> Iterator[Edit]:
     """Edits by +-change of every attribute that is not at that end already."""
     with torch.no_grad():
-        before = transmitter.predictor.degrees(transmitter.generator.synthesis(w))[0]
+        rendered = transmitter.generator.synthesis(w).clamp(-1, 1)
+        scores = transmitter.predictor.steady_scores(rendered)
+        before = transmitter.predictor.score_degrees(scores)[0]
     for attribute in ATTRIBUTES:
         degree = int(before[attribute.index])
         if degree < MAX_DEGREE:

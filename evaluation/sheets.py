@@ -25,7 +25,8 @@ from shared.bundle import Bundle
 from shared.errors import InvalidRequest
 from shared.images import to_uint8
 from shared.stylegan2 import Generator
-from transmitter.editing import Fields, match
+from transmitter.editing import arrival_of, match
+from transmitter.fields import Fields
 from transmitter.predictor import Predictor
 
 SHOWN = 20
@@ -62,6 +63,7 @@ class Studio:
         adapters = Adapters.from_bundle(bundle)
         self.generator = Generator.from_bundle(bundle)
         self.route, self.snr_db = Route(adapters, self.generator), snr_db
+        self.arrival = arrival_of(adapters.encoder, adapters.decoder, snr_db)
         self.w, self.scores, self.male = self._sample(candidates)
 
     @torch.no_grad()
@@ -112,6 +114,7 @@ class Studio:
                 generator=self.generator,
                 fields=self.fields,
                 predictor=self.predictor,
+                arrival=self.arrival,
                 limits="balanced",
             )
             yield self.route(w, self.snr_db, seed), self.route(found.w, self.snr_db, seed)

@@ -277,7 +277,7 @@ def _through(
         reception = air(sent.symbols, snr_db, torch.Generator().manual_seed(seed))
     got = scheme.receive(reception, watch)
     bandwidth = scheme.cbr()
-    left = _latent_left(scheme, conditions, trial, reception)
+    left = _latent_left(scheme, conditions, trial, reception, snr_db)
     degrees = got.degrees or sent.degrees
     gain = 1.0 if reception.h is None else float(average_power(reception.h)[0])
     return {
@@ -305,7 +305,11 @@ def _through(
 
 @torch.no_grad()
 def _latent_left(
-    scheme: BaseScheme, conditions: Conditions, trial: Trial, reception: Reception
+    scheme: BaseScheme,
+    conditions: Conditions,
+    trial: Trial,
+    reception: Reception,
+    snr_db: float,
 ) -> float | None:
     """|A (w_hat - w)|^2 / sum lambda: the share of the latent that is lost, as the bounds count it.
 
@@ -313,10 +317,11 @@ def _latent_left(
     """
     if not isinstance(scheme, LatentScheme):
         return None
-    w, _ = scheme.editor.latent(trial.face, trial.wish.edit, conditions.quality)
-    x_hat, snr_db = equalise(reception)
+    # The edit that was sent: it was made for the average SNR.
+    w, _ = scheme.editor.latent(trial.face, trial.wish.edit, conditions.quality, snr_db=snr_db)
+    x_hat, equalised_db = equalise(reception)
     coded_for = noise_variance_to_snr_db(reception.noise_variance)
-    w_hat = scheme.adapters.decoder(x_hat, snr_db, coded_for)
+    w_hat = scheme.adapters.decoder(x_hat, equalised_db, coded_for)
     code = scheme.adapters.encoder
     error = ((w_hat - w.cpu()) @ code.analysis.T).square().sum()
     return round(float(error / code.spectrum.sum()), 6)

@@ -71,8 +71,8 @@ def random_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     from shared.bundle import write_net
     from shared.stylegan2 import Generator, GeneratorConfig
-    from transmitter.editing import Fields, FieldsConfig
     from transmitter.faces import FaceNetConfig, FaceNets, FinderConfig, bundle_config
+    from transmitter.fields import Fields, FieldsConfig
     from transmitter.inversion import InversionConfig, InversionEncoder
     from transmitter.predictor import Predictor, PredictorConfig
     from transmitter.text import TextConfig, TextEncoder

@@ -100,7 +100,7 @@ def test_editable_deepsc_is_what_transmitter_and_receiver_make(
     bundle = Bundle.open(baselines_bundle)
     transmitter, receiver = Transmitter.from_bundle(bundle), Receiver.from_bundle(bundle)
     scheme = schemes["editable-deepsc"]
-    w, _ = schemes.editor.latent(face, SMILE, "fast")
+    w, _ = schemes.editor.latent(face, SMILE, "fast", snr_db=3.0)
     for config in (ChannelConfig("rayleigh"), ChannelConfig("rician", csi="estimated")):
         symbols = transmitter.channel_encoder(w, 3.0)
         sent = scheme.transmit(face, SMILE, 3.0, "fast")

@@ -1,18 +1,11 @@
 """Axes of real differences, on latents whose law is known."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor
 
 from shared.attributes import ATTRIBUTES
-from shared.stylegan2 import Generator, GeneratorConfig, to_sphere
-from training.fields import Codes, FieldsRecipe, Nets, stay_natural, walk_losses, whitener
-from training.nature import Nature, nature_of, regress
-from transmitter.editing import Fields, FieldsConfig, turn
-from transmitter.inversion import InversionConfig, InversionEncoder
-from transmitter.predictor import Predictor, PredictorConfig
+from training.nature import natural_axes, regress
 
 N, K = 6000, 512
 
@@ -28,26 +21,23 @@ def population(shift: float) -> tuple[Tensor, Tensor, Tensor]:
     return shift * degrees @ axes + torch.randn(N, K, generator=draws), degrees, axes
 
 
-def observed(shift: float = 0.5) -> tuple[Nature, Tensor, Tensor, Tensor]:
+def observed(shift: float = 0.5) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     w, degrees, axes = population(shift)
-    level = (degrees >= 3).float()
-    labels = torch.cat([level, torch.zeros(N, 1)], 1)  # a label that nobody has
-    return nature_of(w, degrees, level, labels, torch.zeros(N)), w, degrees, axes
+    return natural_axes(w, degrees, (degrees >= 3).float(), torch.zeros(N)), w, degrees, axes
 
 
 def test_axes_are_those_of_the_population_and_hold_the_others_still() -> None:
-    nature, _, _, axes = observed()
-    cosine = torch.nn.functional.normalize(nature.axes, dim=1) @ axes.T
+    found, _, _, axes = observed()
+    cosine = torch.nn.functional.normalize(found, dim=1) @ axes.T
     # 512 numbers with a standard error of 1 / sqrt(6000) each, beside 0.5 a degree.
     assert float(cosine.diagonal().min()) > 0.87
     assert float((cosine - torch.diag(cosine.diagonal())).abs().max()) < 0.15
 
 
 def test_a_degree_is_one_along_its_axis() -> None:
-    nature, w, degrees, _ = observed()
+    found, w, degrees, _ = observed()
     for index in range(len(ATTRIBUTES)):
-        rows = torch.full((N,), index)
-        along = nature.degrees_moved(torch.zeros(N, K), w, rows)
+        along = w @ found[index]
         centred = degrees[:, index] - degrees[:, index].mean()
         slope = float((along * centred).sum() / centred.square().sum())
         assert slope == pytest.approx(1.0, abs=1e-3)
@@ -77,9 +67,9 @@ def test_what_belongs_to_the_person_is_left_out() -> None:
     w = 0.3 * torch.randn(N, K, generator=draws)
     w[:, :12] += person
     w[:, 20:25] += 0.5 * degrees
-    level, labels, male = (degrees >= 3).float(), torch.zeros(N, 1), torch.zeros(N)
-    anybody = nature_of(w, degrees, level, labels, male).axes[0]
-    same = nature_of(w, degrees, level, labels, male, person).axes[0]
+    level, male = (degrees >= 3).float(), torch.zeros(N)
+    anybody = natural_axes(w, degrees, level, male)[0]
+    same = natural_axes(w, degrees, level, male, person)[0]
     assert float(anybody[0] / anybody[20]) > 0.3
     assert abs(float(same[0] / same[20])) < 0.05
 
@@ -88,59 +78,3 @@ def test_where_all_is_chance_an_axis_is_left() -> None:
     draws = torch.Generator().manual_seed(2)
     moved = regress(torch.randn(5, K, generator=draws), torch.randn(5, 3, generator=draws))
     assert bool((moved.norm(dim=1) > 0).all())
-
-
-def test_subspace_is_orthonormal_and_holds_the_axes() -> None:
-    nature, _, _, _ = observed()
-    k = nature.subspace.shape[1]
-    assert 5 <= k <= 5 + 5 + 5  # axes, evidence alone, labels; not the label that nobody has
-    torch.testing.assert_close(nature.subspace.T @ nature.subspace, torch.eye(k), atol=1e-5, rtol=0)
-    torch.testing.assert_close(nature.keep(nature.axes.T).T, nature.axes, atol=1e-3, rtol=1e-3)
-
-
-def test_fields_that_stay_natural_answer_inside_the_subspace() -> None:
-    nature, _, _, _ = observed()
-    fields = Fields(FieldsConfig(depth=3), torch.Generator().manual_seed(0))
-    stay_natural(fields, nature)
-    answer = fields(torch.randn(4, K, generator=torch.Generator().manual_seed(1)))
-    torch.testing.assert_close(nature.keep(answer.mT).mT, answer, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize(("share", "expected"), [(0.5, 0.5), (2.0, 0.0)])
-def test_a_walk_shorter_than_nature_costs_what_it_lacks(share: float, expected: float) -> None:
-    """Walks of a known length along the axes, asked for so many degrees that a share is gone."""
-    nature, w, _, _ = observed()
-    torch.manual_seed(0)
-    predictor = Predictor(PredictorConfig(resolution=32, widths=(4, 4), depths=(0, 0))).eval()
-    generator = Generator(GeneratorConfig(32, mapping_layers=1, channels=(4,) * 4)).eval()
-    nets = Nets(
-        generator, InversionEncoder(InversionConfig(32, channels=(4, 4, 4))), predictor, None
-    )
-    fields = Fields(FieldsConfig(depth=2), torch.Generator().manual_seed(0))
-    fields.start_at(nature.axes)
-    w = to_sphere(w[:40])
-    recipe = replace(FieldsRecipe(), per_attribute=4, largest_turn=0.08, views=1, roll_out=1)
-    # Everybody is at degree 0, so a walk goes up; every one turns by exactly 0.08 rad.
-    codes = Codes(w, torch.full((40, 5), -9.0), torch.zeros(40, 512))
-    gone = torch.stack(
-        [
-            nature.degrees_moved(w, turn(w, axis.expand_as(w), 0.08), torch.full((40,), number))
-            for number, axis in enumerate(nature.axes)
-        ]
-    ).mean()
-    scaled = Nature(nature.axes * share / float(gone), nature.subspace)
-    losses = walk_losses(
-        nets,
-        fields,
-        codes,
-        scaled,
-        torch.ones(5),
-        whitener(w),
-        recipe,
-        torch.Generator().manual_seed(3),
-    )
-    lacking = float(losses["natural"].detach())
-    if expected == 0.0:
-        assert lacking < 0.5  # asked for up to three degrees, two are gone
-    else:
-        assert 0.5 <= lacking < 0.9  # half a degree of one, two or three

@@ -18,13 +18,13 @@ from training.degrees import LEVELS, MIN_GAP, auc, cut_points, levels
 from training.fields import FieldsRecipe
 from training.predictor import JUDGE_RECIPE, PredictorRecipe, ordered_pairs
 from training.run import RunOptions
-from transmitter.editing import Fields
+from transmitter.fields import Fields
 from transmitter.inversion import InversionConfig, InversionEncoder
 from transmitter.predictor import Predictor, PredictorConfig
 
 P_RECIPE = PredictorRecipe(length=4, batch=3, report_steps=2, calibration_faces=4)
 F_RECIPE = FieldsRecipe(
-    length=4, depth=2, per_attribute=1, codes=10, report_steps=2, validation_faces=1, roll_out=2
+    length=4, depth=2, walks=(1,) * 5, codes=10, report_steps=2, validation_faces=1
 )
 
 
@@ -212,11 +212,11 @@ def bundle_of_tiny_nets(tmp_path: Path) -> Path:
 
 def test_fields_recipe_resumes_exactly(tmp_path: Path, bundle_of_tiny_nets: Path) -> None:
     options = _options(tmp_path, "fields", 4)
-    fields_recipe.train(options, recipe=F_RECIPE)
+    fields_recipe.train(options, recipe=F_RECIPE, coach_recipe=P_RECIPE)
     whole = Bundle.open(bundle_of_tiny_nets).tensors("fields")
     halves = replace(options, runs=tmp_path / "runs-other", steps=2)
     for _ in range(2):
-        fields_recipe.train(halves, recipe=F_RECIPE)
+        fields_recipe.train(halves, recipe=F_RECIPE, coach_recipe=P_RECIPE)
     assert _same(whole, Bundle.open(bundle_of_tiny_nets).tensors("fields"))
     loaded = Fields.from_bundle(Bundle.open(bundle_of_tiny_nets))
     w = to_sphere(torch.randn(2, 512, generator=torch.Generator().manual_seed(0)))
@@ -224,9 +224,37 @@ def test_fields_recipe_resumes_exactly(tmp_path: Path, bundle_of_tiny_nets: Path
     assert len(loaded.config.slopes) == 5
 
 
+def test_the_coach_is_trained_once_and_stays_out_of_the_bundle(
+    tmp_path: Path, bundle_of_tiny_nets: Path
+) -> None:
+    options = _options(tmp_path, "fields", 1)
+    first = predictor_recipe.open_coach(options, recipe=P_RECIPE)
+    again = predictor_recipe.open_coach(options, recipe=replace(P_RECIPE, length=1))
+    assert _same(dict(first.state_dict()), dict(again.state_dict()))
+    assert not Bundle.open(bundle_of_tiny_nets).has("coach")
+    where = Bundle.open(options.runs / "coach-net")
+    assert where.provenance("coach")["seed"] == options.seed + predictor_recipe.COACH_SEED
+
+
+def test_the_coach_is_built_like_neither_of_the_others() -> None:
+    """What is trained against a net like the judge would be judged by its like."""
+    coach, shipped = predictor_recipe.COACH_RECIPE, PredictorRecipe()
+    for other in (JUDGE_RECIPE, shipped):
+        assert coach.resolution != other.resolution
+        assert coach.widths != other.widths
+        assert coach.augmentation != other.augmentation
+    assert predictor_recipe.COACH_SEED not in (0, predictor_recipe.JUDGE_SEED)
+
+
+def test_walks_aim_at_the_middle_of_the_degree() -> None:
+    cuts = torch.tensor([[0.0, 2.0, 4.0, 7.0, 8.0]]).expand(6, 5)
+    aims = fields_recipe.aims(cuts, torch.arange(6))
+    assert aims.tolist() == [-1.5, 1.0, 3.0, 5.5, 7.5, 9.5]
+
+
 def test_fields_of_other_nets_are_not_resumed(tmp_path: Path, bundle_of_tiny_nets: Path) -> None:
     options = _options(tmp_path, "fields", 1)
-    fields_recipe.train(options, recipe=F_RECIPE)
+    fields_recipe.train(options, recipe=F_RECIPE, coach_recipe=P_RECIPE)
     generator = Generator(GeneratorConfig(channels=(16, 16, 8, 8, 4, 4), mapping_layers=1))
     write_net(
         bundle_of_tiny_nets,
@@ -236,8 +264,8 @@ def test_fields_of_other_nets_are_not_resumed(tmp_path: Path, bundle_of_tiny_net
         provenance={},
     )
     with pytest.raises(InvalidRequest, match="--fresh"):
-        fields_recipe.train(options, recipe=F_RECIPE)
-    fields_recipe.train(replace(options, fresh=True), recipe=F_RECIPE)
+        fields_recipe.train(options, recipe=F_RECIPE, coach_recipe=P_RECIPE)
+    fields_recipe.train(replace(options, fresh=True), recipe=F_RECIPE, coach_recipe=P_RECIPE)
 
 
 def test_fields_need_the_nets_they_edit(tmp_path: Path) -> None:

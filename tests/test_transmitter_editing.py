@@ -1,8 +1,9 @@
 """Fields and attribute matching, on a toy whose answer is known in closed form.
 
-The toy generator shows the latent itself and the toy predictor reads attribute a off its a-th
-number. A field that points along that axis, from a latent at right angles to it, gives the score
-sqrt(512) sin(steps * step_rad): so the step at which each degree begins can be computed.
+The toy generator shows the latent itself, scaled to the range of pictures, and the toy predictor
+reads attribute a off its a-th number. A field that points along that axis, from a latent at right
+angles to it, gives the score sqrt(512) sin(steps * step_rad): so the step at which each degree
+begins can be computed.
 """
 
 import math
@@ -13,20 +14,23 @@ import pytest
 import torch
 from torch import Tensor
 
+from shared.adapters import Adapters
 from shared.attributes import ATTRIBUTES, Attribute, Edit
 from shared.bundle import Bundle, write_net
 from shared.errors import Cancelled
 from shared.stylegan2 import to_sphere
-from transmitter.editing import LIMITS, Fields, FieldsConfig, MatchLimits, match, turn
+from transmitter.editing import LIMITS, MatchLimits, arrival_of, match
+from transmitter.fields import Fields, FieldsConfig, turn
 from transmitter.predictor import Predictor, PredictorConfig
 
 STEP_RAD = 0.02
+RANGE = 23.0  # just above sqrt(512)
 CUTS = torch.tensor([1.0, 3.0, 5.0, 7.0, 9.0])
-PAPER = MatchLimits(max_steps=100, looks=None, batch=1, confidence=2.0)  # never sure: walk on
+PAPER = MatchLimits(max_steps=100, looks=None, batch=1, near=0.0)  # walk until the aim is met
 
 
 class Mirror:
-    """G: the image is the latent."""
+    """G: the image is the latent, which has no number above RANGE."""
 
     def __init__(self) -> None:
         self.drawn = 0
@@ -37,7 +41,7 @@ class Mirror:
 
     def _draw(self, w: Tensor) -> Tensor:
         self.drawn += len(w)
-        return w
+        return w / RANGE
 
 
 class Reader:
@@ -48,14 +52,11 @@ class Reader:
         self._law = Predictor(PredictorConfig(widths=(4,), depths=(0,), resolution=2))
         self._law.cuts.copy_(self.cuts)
 
-    def scores(self, image: Tensor) -> Tensor:
-        return image[:, :5]
+    def steady_scores(self, image: Tensor) -> Tensor:
+        return image[:, :5] * RANGE
 
     def score_degrees(self, scores: Tensor) -> Tensor:
         return self._law.score_degrees(scores)
-
-    def score_logits(self, scores: Tensor) -> Tensor:
-        return self._law.score_logits(scores)
 
 
 def axes() -> Tensor:
@@ -88,7 +89,7 @@ def closest_to(target: float) -> int:
 
 
 @pytest.mark.parametrize("degree", [1, 2, 3, 4])
-def test_paper_loop_keeps_the_most_confident_step_at_the_target(degree: int) -> None:
+def test_paper_loop_keeps_the_step_nearest_to_the_middle_of_the_degree(degree: int) -> None:
     found = match(
         start(),
         Edit(Attribute.SMILING, target=degree),
@@ -126,6 +127,116 @@ def test_few_looks_reach_the_same_degree(
     looks = LIMITS[quality].looks
     assert looks is not None
     assert generator.drawn == found.looks <= looks + 1
+
+
+@pytest.mark.parametrize("limits", ["fast", "balanced", "paper"])
+@pytest.mark.parametrize(("begin", "degree"), [(0.0, 2), (0.0, 5), (10.0, 0), (8.0, 3)])
+def test_a_degree_is_met_in_its_middle_and_the_outermost_not_passed_by_far(
+    limits: str, begin: float, degree: int
+) -> None:
+    """Where degrees are open, more is not better: every further step costs the person."""
+    found = match(
+        start(smiling=begin),
+        Edit(Attribute.SMILING, target=degree),
+        generator=Mirror(),
+        fields=toy_fields(),
+        predictor=Reader(),
+        limits=LIMITS[limits],
+    )
+    aim = {0: 1.0 - 1.5, 5: 9.0 + 1.5}.get(degree, 2.0 * degree)
+    step = math.sqrt(512) * STEP_RAD  # 0.45
+    assert abs(float(found.w[0, 3]) - aim) <= max(step / 2, LIMITS[limits].near) + 1e-3
+
+
+def halved(w: Tensor) -> Tensor:
+    """A channel whose code keeps half of the five attributes' numbers."""
+    return torch.cat([w[:, :5] / 2, w[:, 5:]], 1)
+
+
+@pytest.mark.parametrize("limits", ["fast", "balanced", "paper"])
+@pytest.mark.parametrize("degree", [2, 4])
+def test_the_degree_is_met_where_it_arrives(limits: str, degree: int) -> None:
+    """Half of the attribute is lost on the way, so twice as much is sent; what the edit starts from
+    is the face, not what would have become of it.
+    """
+    found = match(
+        start(beard=2.0),  # degree 1; it would arrive as 1.0, at the edge
+        Edit(Attribute.BEARD, change=degree - 1),
+        generator=Mirror(),
+        fields=toy_fields(),
+        predictor=Reader(),
+        arrival=halved,
+        limits=LIMITS[limits],
+    )
+    assert int(found.before[2]) == 1
+    assert found.expected == degree
+    assert found.reached
+    assert int(found.after[2]) == degree
+    assert torch.equal(found.image, halved(found.w) / RANGE)
+    arrived = float(found.w[0, 2]) / 2
+    assert abs(arrived - 2.0 * degree) <= 0.3
+    unaware = match(
+        start(beard=2.0),
+        Edit(Attribute.BEARD, target=degree),
+        generator=Mirror(),
+        fields=toy_fields(),
+        predictor=Reader(),
+        limits=LIMITS[limits],
+    )
+    assert found.steps > 1.5 * unaware.steps
+
+
+class Brighter(Mirror):
+    """Draws so brightly that a number of 6 is white, and nothing shows more."""
+
+    def _draw(self, w: Tensor) -> Tensor:
+        return super()._draw(w) * RANGE / 6
+
+
+class BrightReader(Reader):
+    def steady_scores(self, image: Tensor) -> Tensor:
+        return image[:, :5] * 6
+
+
+@pytest.mark.parametrize(("degree", "reached"), [(2, True), (4, False)])
+def test_only_what_can_be_shown_counts(degree: int, reached: bool) -> None:
+    """What leaves the range is cut when it is drawn, so a degree beyond it is not promised."""
+    found = match(
+        start(),
+        Edit(Attribute.SMILING, target=degree),
+        generator=Brighter(),
+        fields=toy_fields(),
+        predictor=BrightReader(),
+        limits=PAPER,
+    )
+    assert found.reached == reached
+    assert float(found.image.max()) <= 1.0
+
+
+def test_arrival_is_the_code_without_noise() -> None:
+    """At a high SNR nothing is lost; at a low one the latent shrinks by 1 / (1 + N0)."""
+    code = Adapters()  # untrained: the latent is sent as it is, and shrunk
+    w = to_sphere(torch.randn(3, 512, generator=torch.Generator().manual_seed(4)))
+    clear = arrival_of(code.encoder, code.decoder, 40.0)(w)
+    torch.testing.assert_close(clear, w, atol=1e-2, rtol=0)
+    dim = arrival_of(code.encoder, code.decoder, 0.0)(w)
+    torch.testing.assert_close(dim, w / 2, atol=1e-2, rtol=0)
+    assert not dim.requires_grad
+    torch.testing.assert_close(arrival_of(code.encoder, code.decoder, -20.0)(w), dim)
+
+
+def test_a_look_near_the_aim_is_the_last() -> None:
+    def looks(near: float) -> int:
+        return match(
+            start(),
+            Edit(Attribute.SMILING, target=2),
+            generator=Mirror(),
+            fields=toy_fields(),
+            predictor=Reader(),
+            limits=MatchLimits(looks=12, batch=2, near=near),
+        ).looks
+
+    assert looks(0.5) < looks(0.0)
 
 
 def test_a_field_of_another_slope_than_measured_still_arrives() -> None:

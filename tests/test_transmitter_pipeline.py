@@ -1,5 +1,6 @@
 """The transmitter as one call, on small random nets: what holds whatever the weights."""
 
+import math
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from shared.batching import Steps, alone
 from shared.bundle import Bundle
 from shared.errors import BundleError, Cancelled, InvalidRequest, UnsupportedImage
 from shared.images import encode_png
-from shared.symbols import average_power
+from shared.symbols import average_power, to_real
 from shared.telemetry import Metrics
 from shared.worker import Worker
 from transmitter.editing import Quality
@@ -42,6 +43,26 @@ def test_an_unedited_message_has_unit_power_and_no_edit(
     assert sent.faces_found == 0
     assert len(sent.after) == 5
     assert sent.aligned.shape == sent.sent.shape == (1, 3, 32, 32)
+
+
+def test_what_was_sent_is_shown_as_sent_and_foreseen_as_it_arrives(
+    transmitter: Transmitter, photo: bytes
+) -> None:
+    """The degrees after an edit are those of the picture that will arrive; the picture is not."""
+    snr_db = 0.0
+    sent = transmitter.transmit(
+        photo, "make this person look older", snr_db=snr_db, quality="fast", align=False
+    )
+    # Untrained adapters send the latent as it is, whose power is that of two numbers a symbol.
+    w = math.sqrt(2) * to_real(sent.symbols)
+    torch.testing.assert_close(
+        sent.sent, transmitter.generator.synthesis(w).clamp(-1, 1), atol=1e-3, rtol=0
+    )
+    arrived = transmitter.generator.synthesis(transmitter.arrival(snr_db)(w))
+    assert float((arrived - sent.sent).abs().max()) > 0.01
+    if sent.match_steps:
+        scores = transmitter.predictor.steady_scores(arrived)
+        assert tuple(transmitter.predictor.score_degrees(scores)[0].tolist()) == sent.after
 
 
 def test_the_same_photo_gives_the_same_symbols(transmitter: Transmitter, photo: bytes) -> None:

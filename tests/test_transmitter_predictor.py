@@ -64,6 +64,15 @@ def test_degrees_are_intervals_and_the_mean_degree_rises_with_the_score() -> Non
     assert 0 <= float(mean.min()) <= float(mean.max()) <= 5
 
 
+def test_steady_scores_do_not_tell_left_from_right() -> None:
+    net, image = tiny().eval(), faces(3)
+    steady = net.steady_scores(image)
+    assert steady.shape == (3, 5)
+    torch.testing.assert_close(net.steady_scores(image.flip(3)), steady)
+    torch.testing.assert_close(steady, (net.scores(image) + net.scores(image.flip(3))) / 2)
+    assert not torch.allclose(net.scores(image), net.scores(image.flip(3)))
+
+
 def test_shapes_gradients_and_resolution() -> None:
     net = tiny().eval()
     image = faces(2).requires_grad_(True)

@@ -29,8 +29,8 @@ from shared.rpc import Server, open_channel, translated
 from shared.settings import MIB, Settings
 from shared.stylegan2 import Generator, GeneratorConfig
 from shared.wire import frame_from_wire
-from transmitter.editing import Fields, FieldsConfig
 from transmitter.faces import FaceNetConfig, FaceNets, FinderConfig, bundle_config
+from transmitter.fields import Fields, FieldsConfig
 from transmitter.inversion import InversionConfig, InversionEncoder
 from transmitter.predictor import Predictor, PredictorConfig
 from transmitter.service import register

@@ -1,25 +1,31 @@
 """Recipe: the fields M_a, one per attribute, that the transmitter walks along to edit a latent.
 
-    training faces --inversion encoder--> codes w --G--> pictures --P--> scores
+    training faces --inversion encoder--> codes w --G--> pictures --P, coach--> scores
                                              |                   `--EdgeFace--> who it is
         1. start: how w differs between real faces with less and more of it (training/nature.py)
-        2. training: w --walk along a field, either way--> w' --G--> augmented --P--> losses
+        2. training: w --walk--> w' --A_CE, noise, A_CD--> G --in range--> picture --> losses
 
 Real inverted codes come first, because fields trained on sampled faces alone edit real photographs
 badly; jittered and sampled codes are mixed in.
 
-An edit has to be visible, and a pattern that fools P is not. So the fields' directions are kept in
-the subspace of people's labels; a walk that P takes for so many degrees has to go as far along the
-attribute's natural axis as real faces so many degrees apart differ; and P looks at every picture
-in several views, shifted, softened and made noisy.
+An edit has to be visible, and a pattern that fools P is not. So what is judged is what arrives: the
+walked latent has crossed the channel, with its noise, and the picture is cut to its range (left to
+itself a field draws blacker than black, which P takes for hair). And two predictors have to see the
+degree, in the picture shifted and in its mirror image: P, and a coach that was trained apart and is
+never shipped.
 
-Losses, Eqs. (12) to (15): cross-entropy of P with the asked degree; the other attributes keep their
-distributions; the same person (1 - cosine of EdgeFace, and a small perceptual term); the walk stays
-where codes are (Mahalanobis norm, in the place of softplus(-D): the discriminator of a generator
-trained for reconstruction first says little about an edit).
+How far to walk per unit of score is learned together with the directions. Where the length is
+given, a steeper field is one that overshoots, and nothing makes walks short; yet what an edit costs
+is the person, and that grows with the length of the walk.
 
-Run it again whenever the generator, the inversion encoder or the predictor in the bundle has
-changed.
+Most of a field is one direction for everybody (cosine .996 to .999 between faces after 223 steps of
+all layers), so the last bias learns fast and the layers slowly.
+
+Losses, Eqs. (12) to (14): distance of both scores from the middle of the asked degree; the other
+attributes keep their degrees; the same person (1 - cosine of EdgeFace).
+
+Run it again whenever the generator, the inversion encoder, the predictor or the adapters in the
+bundle have changed.
 """
 
 from __future__ import annotations
@@ -31,57 +37,68 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shared.attributes import ATTRIBUTES, MAX_DEGREE, Edit
+from channel_sim.channel import Channel, ChannelConfig
+from shared.adapters import Adapters
+from shared.attributes import ATTRIBUTES, MAX_DEGREE, Attribute, Edit
 from shared.bundle import Bundle, write_net
 from shared.errors import InvalidRequest
 from shared.stylegan2 import Generator, to_sphere
-from training.augment import add_noise, jitter_geometry, soften
+from training.augment import jitter_geometry
 from training.data import FaceSet, load_faces
-from training.nature import Nature, observe
+from training.nature import observe
+from training.predictor import PredictorRecipe, open_coach
 from training.run import Run, RunOptions
 from training.teachers import FaceIdentity
-from transmitter.editing import Fields, FieldsConfig, MatchLimits, match, turn
+from transmitter.editing import MatchLimits, match
+from transmitter.fields import Fields, FieldsConfig, turn
 from transmitter.inversion import InversionEncoder
-from transmitter.predictor import Predictor, feature_distance
+from transmitter.predictor import Predictor, expected_degree
 
 NAME = "fields"
 
 
 @dataclass(frozen=True)
 class FieldsRecipe:
-    """Lengths, weights of the losses, and how far walks go. About 9 minutes on two CPU cores."""
+    """Lengths, rates, weights of the losses. About 7 minutes on one CPU core, after the coach's 4.
 
-    length: int = 400
+    walks: of each attribute in a batch; the hardest ones get most. bias_rate: of the last layer's
+    bias, in its own units (its numbers are about 1); learning_rate: of all else. age_identity: how
+    much of the identity loss counts for age, which is part of who one is.
+    """
+
+    length: int = 140
     depth: int = 8
-    per_attribute: int = 3
-    codes: int = 4000
+    walks: tuple[int, ...] = (3, 3, 2, 2, 1)
+    codes: int = 600
     sampled_share: float = 0.1
-    jittered_share: float = 0.2
+    jittered_share: float = 0.1
     jitter: float = 0.25
-    learning_rate: float = 3e-4
-    warm_up: int = 20
-    roll_out: int = 3
+    learning_rate: float = 1e-5
+    bias_rate: float = 0.08
+    slope_rate: float = 0.02
+    warm_up: int = 5
     step_rad: float = 0.02
-    largest_turn: float = 0.7
-    target_weight: float = 1.0
-    others_weight: float = 1.0
-    identity_weight: float = 2.0
-    perceptual_weight: float = 0.5
-    natural_weight: float = 1.0
-    natural_faces: int = 8000
-    views: int = 2
-    statistics_weight: float = 2.0
-    checkpoint_minutes: float = 3.0
-    report_steps: int = 25
-    validation_faces: int = 24
+    largest_turn: float = 0.8
+    lowest_snr_db: float = 9.0
+    highest_snr_db: float = 18.0
+    identity_weight: float = 6.0
+    age_identity: float = 0.1
+    others_weight: float = 0.5
+    natural_faces: int = 3000
+    checkpoint_minutes: float = 5.0
+    report_steps: int = 10
+    validation_faces: int = 8
 
 
 @dataclass(frozen=True)
 class Codes:
-    """The pool: w [N,512], scores [N,5] of G(w), who [N,512] (unit; zero without EdgeFace)."""
+    """The pool: w [N,512], scores [N,5] of G(w) by P and by the coach, who [N,512] (unit; zero
+    without EdgeFace).
+    """
 
     w: Tensor
     scores: Tensor
+    coached: Tensor
     who: Tensor
 
 
@@ -92,7 +109,18 @@ class Nets:
     generator: Generator
     encoder: InversionEncoder
     predictor: Predictor
+    coach: Predictor
+    adapters: Adapters
     identity: FaceIdentity | None
+
+    def received(self, w: Tensor, snr_db: float, draw: torch.Generator) -> Tensor:
+        """Latents [B,512] -> pictures [B,3,S,S] in [-1,1] of what arrives; differentiable."""
+        symbols = self.adapters.encoder(w, snr_db)
+        arrived = Channel(ChannelConfig("awgn"))(symbols, snr_db, draw).y
+        w = self.adapters.decoder(arrived, snr_db)
+        with torch.autocast(w.device.type, torch.bfloat16):
+            image: Tensor = self.generator.synthesis(w)
+        return image.float().clamp(-1, 1)
 
     def who(self, image: Tensor) -> Tensor:
         """Unit embeddings [B,512] of faces [B,3,128,128]; zeros without an identity net."""
@@ -101,8 +129,12 @@ class Nets:
         return self.identity(image)
 
 
-def open_nets(options: RunOptions, device: torch.device) -> Nets:
-    """The bundle's nets, frozen, on the device; InvalidRequest names the first one missing."""
+def open_nets(
+    options: RunOptions, device: torch.device, coach_recipe: PredictorRecipe | None = None
+) -> Nets:
+    """The bundle's nets and the coach, frozen, on the device; InvalidRequest names the first one
+    missing.
+    """
     bundle = Bundle.open(options.bundle)
     for net in ("generator", "inversion", "predictor"):
         if not bundle.has(net):
@@ -110,10 +142,13 @@ def open_nets(options: RunOptions, device: torch.device) -> Nets:
                 f"training fields needs {net!r} in {bundle.folder}: train it first"
             )
     known = (options.data / "nets" / "edgeface_xs.torchscript.pt").is_file()
+    coach = open_coach(options, recipe=coach_recipe)
     return Nets(
         Generator.from_bundle(bundle).to(device),
         InversionEncoder.from_bundle(bundle).to(device),
         Predictor.from_bundle(bundle).to(device),
+        coach.to(device),
+        Adapters.from_bundle(bundle).to(device),
         FaceIdentity(options.data, device) if known else None,
     )
 
@@ -143,13 +178,14 @@ def collect_codes(
     if sampled:
         z = torch.randn(sampled, nets.generator.config.z_dim, generator=generator).to(device)
         w = torch.cat([w, nets.generator.mapping(z)])
-    scores, who = [], []
+    scores, coached, who = [], [], []
     for part in torch.split(w, 16):
         with torch.autocast(device.type, torch.bfloat16):
-            image = nets.generator.synthesis(part).float()
-            scores.append(nets.predictor.scores(image).float())
+            image = nets.generator.synthesis(part).float().clamp(-1, 1)
+            scores.append(nets.predictor.steady_scores(image).float())
+            coached.append(nets.coach.steady_scores(image).float())
         who.append(nets.who(image))
-    return Codes(w, torch.cat(scores), torch.cat(who))
+    return Codes(w, torch.cat(scores), torch.cat(coached), torch.cat(who))
 
 
 @torch.no_grad()
@@ -165,7 +201,8 @@ def measure_slopes(nets: Nets, fields: Fields, codes: Codes, turn_rad: float = 0
         rises = []
         for sign in (1, -1):
             moved = roll_out_one(fields, w, attribute.index, sign * turn_rad, 3)
-            end = nets.predictor.scores(nets.generator.synthesis(moved))
+            image = nets.generator.synthesis(moved).clamp(-1, 1)
+            end = nets.predictor.steady_scores(image)
             rises.append(sign * (end - start)[:, attribute.index].mean() / turn_rad)
         slopes.append(max(rises, key=lambda rise: float(rise.abs())))
     return torch.stack(slopes)
@@ -178,27 +215,22 @@ def roll_out_one(fields: Fields, w: Tensor, index: int, turn_rad: float, steps: 
     return w
 
 
-def roll_out(fields: Fields, w: Tensor, turn_rad: Tensor, steps: int) -> Tensor:
-    """Walk w [5,B,512], one row per attribute, by total angles [5,B], in equal steps;
-    differentiable.
-    """
-    angle = (turn_rad / steps).reshape(-1, 1)
-    shape = w.shape
-    for _ in range(steps):
-        direction = fields.each(w).reshape(-1, shape[-1])
-        w = turn(w.reshape(-1, shape[-1]), direction, angle).reshape(shape)
-    return w
-
-
-def train(options: RunOptions, *, recipe: FieldsRecipe | None = None) -> None:
+def train(
+    options: RunOptions,
+    *,
+    recipe: FieldsRecipe | None = None,
+    coach_recipe: PredictorRecipe | None = None,
+) -> None:
     """Train the fields of the bundle's generator and write them to it; resumes exactly."""
     recipe = FieldsRecipe() if recipe is None else recipe
+    nets = open_nets(options, options.torch_device(), coach_recipe)
     with Run(NAME, options) as run:
         state = run.restore()
-        nets = open_nets(options, run.device)
         made_of = Bundle.open(options.bundle, verify=False)
         digest = "".join(
-            made_of.index["nets"][n]["sha256"][:8] for n in ("generator", "inversion", "predictor")
+            made_of.index["nets"][n]["sha256"][:8]
+            for n in ("generator", "inversion", "predictor", "adapters")
+            if made_of.has(n)
         )
         if state is not None and state["digest"] != digest:
             raise InvalidRequest(
@@ -212,7 +244,7 @@ def train(options: RunOptions, *, recipe: FieldsRecipe | None = None) -> None:
         if state is None:
             draw = torch.Generator().manual_seed(options.seed)
             faces = load_faces(options.data, "train")
-            nature = observe(
+            axes = observe(
                 nets.encoder,
                 nets.predictor,
                 None if nets.identity is None else nets.who,
@@ -223,15 +255,21 @@ def train(options: RunOptions, *, recipe: FieldsRecipe | None = None) -> None:
             )
             codes = collect_codes(nets, faces, recipe, run.device, draw)
             del faces
-            fields.start_at(nature.axes)
-            slopes = measure_slopes(nets, fields, codes).abs().clamp(min=0.5)
+            fields.start_at(axes)
+            log_slopes = measure_slopes(nets, fields, codes).abs().clamp(min=0.5).log()  # [5]
         else:
-            codes = Codes(*(state[key] for key in ("w", "scores", "who")))
-            nature = Nature(state["axes"], state["subspace"])
-            slopes = state["slopes"]
+            codes = Codes(*(state[key] for key in ("w", "scores", "coached", "who")))
+            log_slopes = state["log_slopes"]
             fields.load_state_dict(state["fields"])
-        whiten = whitener(codes.w)
-        optimizer = torch.optim.Adam(fields.parameters(), recipe.learning_rate)
+        log_slopes.requires_grad_(True)
+        optimizer = torch.optim.Adam(
+            [
+                {"params": [fields.weight], "peak": recipe.learning_rate},
+                {"params": [fields.bias], "peak": recipe.bias_rate},
+                {"params": [log_slopes], "peak": recipe.slope_rate},
+            ],
+            betas=(0.8, 0.98),
+        )
         if state is not None:
             optimizer.load_state_dict(state["optimizer"])
 
@@ -240,8 +278,7 @@ def train(options: RunOptions, *, recipe: FieldsRecipe | None = None) -> None:
                 {
                     "digest": digest,
                     **vars(codes),
-                    **vars(nature),
-                    "slopes": slopes,
+                    "log_slopes": log_slopes.detach(),
                     "fields": fields.state_dict(),
                     "optimizer": optimizer.state_dict(),
                 }
@@ -266,17 +303,16 @@ def train(options: RunOptions, *, recipe: FieldsRecipe | None = None) -> None:
             progress = min(1.0, max(run.step / recipe.length, spent))
             ramp = min(1.0, (run.step + 1) / recipe.warm_up) * (1 - 0.9 * progress)
             for group in optimizer.param_groups:
-                group["lr"] = recipe.learning_rate * ramp
+                group["lr"] = group["peak"] * ramp
             draw = torch.Generator().manual_seed(options.seed * 1_000_003 + run.step)
-            losses = walk_losses(nets, fields, codes, nature, slopes, whiten, recipe, draw)
+            losses = walk_losses(nets, fields, codes, log_slopes.exp(), recipe, draw)
             loss = torch.stack(list(losses.values())).sum()
             optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(loss)
             nn.utils.clip_grad_norm_(fields.parameters(), 1.0)
             optimizer.step()
-            stay_natural(fields, nature)
             run.step += 1
-            run.images += len(ATTRIBUTES) * recipe.per_attribute
+            run.images += sum(recipe.walks)
             for key, value in losses.items():
                 totals[key] = totals.get(key, 0.0) + float(value.detach())
             if run.step % recipe.report_steps == 0:
@@ -287,97 +323,68 @@ def train(options: RunOptions, *, recipe: FieldsRecipe | None = None) -> None:
         save(final=True)
 
 
-@torch.no_grad()
-def stay_natural(fields: Fields, nature: Nature) -> None:
-    """Project the last layers, so that whatever the fields answer lies in nature's subspace."""
-    fields.weight[-1].copy_(nature.keep(fields.weight[-1]))
-    fields.bias[-1].copy_(nature.keep(fields.bias[-1].T).T)
-
-
-def whitener(w: Tensor) -> Tensor:
-    """A [512,512] such that the rows of w @ A have unit covariance, floored at 2 % of the mean
-    variance.
+def aims(cuts: Tensor, degree: Tensor) -> Tensor:
+    """The scores [B] to aim at for degrees [B], by cut points [B,5]: an interval's middle, 1.5
+    beyond the cut of the outermost ones.
     """
-    centred = (w - w.mean(0)).double()
-    values, vectors = torch.linalg.eigh(centred.T @ centred / len(w))
-    values = values.clamp(min=0.02 * float(values.mean()))
-    scaled: Tensor = vectors / values.sqrt()
-    return scaled.float()
+    low = cuts.gather(1, (degree - 1).clamp(min=0)[:, None])[:, 0]
+    high = cuts.gather(1, degree.clamp(max=MAX_DEGREE - 1)[:, None])[:, 0]
+    middle = torch.where(degree == 0, high - 1.5, (low + high) / 2)
+    return torch.where(degree == MAX_DEGREE, low + 1.5, middle)
 
 
 def walk_losses(
     nets: Nets,
     fields: Fields,
     codes: Codes,
-    nature: Nature,
     slopes: Tensor,
-    whiten: Tensor,
     recipe: FieldsRecipe,
     draw: torch.Generator,
 ) -> dict[str, Tensor]:
-    """One batch of walks, `per_attribute` for each attribute, and what they cost."""
-    n, m = len(ATTRIBUTES), recipe.per_attribute
-    device, cuts = codes.w.device, nets.predictor.cuts
-    index = torch.randint(len(codes.w), (n * m,), generator=draw).to(device)
-    rows = torch.arange(n, device=device).repeat_interleave(m)  # the attribute of each walk
-    w, scores = codes.w[index], codes.scores[index]
-    degree = nets.predictor.score_degrees(scores)[torch.arange(n * m), rows]  # [n * m]
+    """One batch of walks, `recipe.walks` of each attribute, and what they cost.
 
-    sign = (2 * torch.randint(0, 2, (n * m,), generator=draw) - 1).to(device)
+    slopes [5]: how far a score goes per radian; how long the walks are depends on it.
+    """
+    device = codes.w.device
+    rows = torch.arange(len(ATTRIBUTES)).repeat_interleave(torch.tensor(recipe.walks)).to(device)
+    count, each = len(rows), torch.arange(len(rows), device=device)
+    index = torch.randint(len(codes.w), (count,), generator=draw).to(device)
+    w, scores, coached = codes.w[index], codes.scores[index], codes.coached[index]
+    degree = nets.predictor.score_degrees(scores)[each, rows]  # [B]
+    sign = (2 * torch.randint(0, 2, (count,), generator=draw) - 1).to(device)
     sign = torch.where(degree == 0, 1, torch.where(degree == MAX_DEGREE, -1, sign))
-    size = torch.randint(1, 4, (n * m,), generator=draw).to(device)
+    size = torch.randint(1, 4, (count,), generator=draw).to(device)
     target = (degree + sign * size).clamp(0, MAX_DEGREE)
-    # The angle that the mean slope says is needed, give or take: long enough to get there, no
-    # longer.
-    aim = torch.where(
-        sign > 0, cuts[rows, (target - 1).clamp(min=0)] + 1, cuts[rows, target.clamp(max=4)] - 1
-    )
-    need = (aim - scores[torch.arange(n * m), rows]).abs() / slopes[rows]
-    stretch = 0.8 + 0.5 * torch.rand(n * m, generator=draw).to(device)
-    angle = sign * (need * stretch).clamp(0.08, recipe.largest_turn)
+    own = torch.zeros(count, len(ATTRIBUTES), device=device)
+    own[each, rows] = 1
 
-    walked = roll_out(fields, w.reshape(n, m, -1), angle.reshape(n, m), recipe.roll_out)
-    walked = walked.reshape(n * m, -1)
-    with torch.autocast(device.type, torch.bfloat16):
-        image = nets.generator.synthesis(walked)
-    image = image.float()
-    views = torch.cat([image] * recipe.views)
-    seen = jitter_geometry(views, draw, shift=0.03, turn_deg=3.0, zoom=0.03)
-    seen = add_noise(soften(seen, draw), draw, 0.05)
-    with torch.autocast(device.type, torch.bfloat16):
-        features = nets.predictor.features(seen)
-    after, _ = nets.predictor.heads(features[-1].float().flatten(1))  # [views * n * m, 5]
-    log_p = nets.predictor.score_logits(after).log_softmax(-1)
-    log_p = log_p.reshape(recipe.views, n * m, n, -1).mean(0)  # [n * m, 5, 6]
-    with torch.no_grad():
-        kept = nets.predictor.score_logits(scores).softmax(-1)
-
-    own = torch.zeros(n * m, n, device=device)
-    own[torch.arange(n * m), rows] = 1
-    reach = -log_p[torch.arange(n * m), rows, target]  # Eq. (12)
-    drift = (kept * (kept.clamp(min=1e-9).log() - log_p)).sum(-1)  # KL, [n * m, 5]
-    losses = {
-        # A degree that is many classes away costs a lot whatever the field does: bound its pull.
-        "target": recipe.target_weight * (6 * torch.tanh(reach / 6)).mean(),
-        "others": recipe.others_weight * ((1 - own) * drift.clamp(max=8)).sum(1).mean() / (n - 1),
-    }
-    asked = (target - degree).abs().clamp(min=1)
-    gone = sign * nature.degrees_moved(w, walked, rows)  # degrees, as real faces differ
-    losses["natural"] = recipe.natural_weight * F.relu(1 - gone / asked).mean()
-    if nets.identity is not None:
-        same = (nets.who(image) * codes.who[index]).sum(-1)
-        losses["identity"] = recipe.identity_weight * (1 - same).mean()  # Eq. (13)
-    if recipe.perceptual_weight > 0:
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
-            original = nets.predictor.features(nets.generator.synthesis(w).float())[:3]
+    aim = aims(nets.predictor.cuts[rows], target)
+    need = (aim - scores[each, rows]) / slopes[rows]
+    turn_rad = need.clamp(-recipe.largest_turn, recipe.largest_turn)[:, None]
+    parts = zip(ATTRIBUTES, w.split(recipe.walks), strict=True)
+    directions = torch.cat([fields.direction(part, attribute) for attribute, part in parts])
+    span = recipe.highest_snr_db - recipe.lowest_snr_db
+    snr_db = recipe.lowest_snr_db + span * float(torch.rand(1, generator=draw))
+    image = nets.received(turn(w, directions, turn_rad), snr_db, draw)
+    view = jitter_geometry(image, draw, shift=0.02, turn_deg=3.0, zoom=0.03)
+    seen = torch.cat([view, image.flip(3)])
+    reach, others = [], []
+    for net, before in ((nets.predictor, scores), (nets.coach, coached)):
         with torch.autocast(device.type, torch.bfloat16):
-            edited = nets.predictor.features(image)[:3]
-        losses["perceptual"] = recipe.perceptual_weight * feature_distance(edited, original).mean()
-    # Eq. (15) by other means: the walk must not leave the cloud of codes.
-    centre = codes.w.mean(0)
-    spread = ((walked - centre) @ whiten).square().mean(1)
-    before = ((w - centre) @ whiten).square().mean(1)
-    losses["statistics"] = recipe.statistics_weight * F.relu(spread - before - 0.05).mean()
+            last = net.features(seen)[-1]
+        after = net.heads(last.float().flatten(1))[0].unflatten(0, (2, count)).mean(0)  # [B, 5]
+        off = (after[each, rows] - aims(net.cuts[rows], target)) / 2  # degrees: they are 2 wide
+        reach.append(F.huber_loss(off, torch.zeros_like(off)))  # Eq. (12)
+        moved = expected_degree(net.score_logits(after)) - expected_degree(net.score_logits(before))
+        others.append(((1 - own) * moved.abs()).sum(1).mean() / (len(ATTRIBUTES) - 1))
+    losses = {
+        "target": torch.stack(reach).sum(),
+        "others": recipe.others_weight * torch.stack(others).mean(),
+    }
+    if nets.identity is not None:
+        changed = 1 - (nets.who(image) * codes.who[index]).sum(1)
+        counts = torch.where(rows == Attribute.AGE.index, recipe.age_identity, 1.0)
+        losses["identity"] = recipe.identity_weight * (counts * changed).mean()  # Eq. (13)
     return losses
 
 
@@ -393,7 +400,7 @@ def validate(
     """
     index = torch.arange(min(len(faces), recipe.validation_faces))
     w = torch.cat([nets.encoder(faces.batch(i[None]).to(run.device)) for i in index])
-    plain = nets.generator.synthesis(w)
+    plain = nets.generator.synthesis(w).clamp(-1, 1)
     who = nets.who(plain)
     limits = MatchLimits(looks=8, batch=4)
     result: dict[str, float] = {}
@@ -412,7 +419,7 @@ def validate(
                     predictor=nets.predictor,
                     limits=limits,
                 )
-                pictures[i] = nets.generator.synthesis(found.w)[0]
+                pictures[i] = found.image[0]
                 before, after = (
                     int(found.before[attribute.index]),
                     int(found.after[attribute.index]),

@@ -2,27 +2,25 @@
 
     training faces --inversion encoder--> w --.
                    --predictor--> degrees ----+--regression of w--> one axis per attribute
-                   --people's labels ---------|                 `--> the subspace of all labels
+                   --people's labels ---------|
                    --EdgeFace: who it is -----'
 
 A predictor can be fooled. In a latent whose numbers are white, the shortest way to another score is
 a sum of many small moves that nobody sees, and a field that is trained against the predictor finds
-it. Four things keep it where faces differ:
+it. Three things keep an axis where faces differ:
 
 * the axes come from people's labels as much as from the predictor, so what only one predictor
   believes in is not in them;
 * each number of an axis is shrunk by what of it may be chance (James and Stein, positive part):
   faint components, where there is nothing but chance, go to zero;
 * who it is stays: what the recogniser's embedding tells of w and of the labels is taken out of both
-  first (Frisch and Waugh), so an axis is how faces of one and the same person differ;
-* the subspace that the labels span, 45 dimensions of 512, is where walks are kept.
+  first (Frisch and Waugh), so an axis is how faces of one and the same person differ.
 
 Regressing w on a score is not enough by itself: with white w it gives the same direction as
 regressing the score on w, the predictor's own gradient.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -37,25 +35,6 @@ RIDGE = 1e-2  # of the variance of what w is regressed on
 IDENTITY_PARTS = 128  # principal components of the embedding that are held still
 
 
-@dataclass(frozen=True)
-class Nature:
-    """axes [5, 512]: along axis a, faces one degree apart differ by 1 in the mean (w . axis).
-    subspace [512, K]: orthonormal; holds the axes, and the mean difference that each label makes.
-    """
-
-    axes: Tensor
-    subspace: Tensor
-
-    def degrees_moved(self, start: Tensor, end: Tensor, rows: Tensor) -> Tensor:
-        """How many degrees latents [N, 512] moved along the axes of attributes rows [N]: [N]."""
-        return ((end - start) * self.axes[rows]).sum(-1)
-
-    def keep(self, weight: Tensor) -> Tensor:
-        """The part of vectors [.., 512, M] (columns) that lies in the subspace."""
-        inside: Tensor = self.subspace @ (self.subspace.T @ weight)
-        return inside
-
-
 @torch.no_grad()
 def observe(
     encoder: InversionEncoder,
@@ -65,8 +44,8 @@ def observe(
     device: torch.device,
     draws: torch.Generator,
     count: int,
-) -> Nature:
-    """Look at `count` training faces, half of them mirrored, and take their axes.
+) -> Tensor:
+    """Look at `count` training faces, half of them mirrored, and take their axes [5, 512].
 
     who: pictures [B, 3, S, S] -> embeddings [B, 512]; None where there is no recogniser.
     """
@@ -81,45 +60,35 @@ def observe(
         if who is not None:
             people.append(who(image))
     degrees = expected_degree(predictor.score_logits(torch.cat(scores)))  # [N, 5]
-    labels = (faces.labels[index] > 0).float().to(device)  # [N, 40]
     level = levels(faces.label)[index].float().to(device)  # [N, 5]
     male = faces.label("Male")[index].float().to(device)
     person = torch.cat(people) if people else None
-    return nature_of(torch.cat(latents), degrees, level, labels, male, person)
+    return natural_axes(torch.cat(latents), degrees, level, male, person)
 
 
-def nature_of(
+def natural_axes(
     w: Tensor,
     degrees: Tensor,
     level: Tensor,
-    labels: Tensor,
     male: Tensor,
     person: Tensor | None = None,
-) -> Nature:
-    """w [N, 512], degrees and levels of evidence [N, 5], labels [N, m], male [N] -> Nature.
+) -> Tensor:
+    """w [N, 512], degrees and levels of evidence [N, 5], male [N] -> axes [5, 512]: along axis a,
+    faces one degree apart differ by 1 in the mean (w . axis).
 
     person: embeddings [N, D] of who it is, held still; None: whoever it is.
     """
     evidence = standardised(degrees) + standardised(level)  # [N, 5]
     if person is not None:
         known = principal_parts(person)
-        w, degrees, evidence, labels = (
-            beyond(known, columns) for columns in (w, degrees, evidence, labels)
-        )
+        w, degrees, evidence = (beyond(known, columns) for columns in (w, degrees, evidence))
         male = beyond(known, male[:, None])[:, 0]
     directions = regress(w, torch.cat([evidence, male[:, None]], 1))[: len(ATTRIBUTES)]
     centred = degrees - degrees.mean(0)
     along = (w - w.mean(0)) @ directions.T  # [N, 5]
     # E[along | degree] rises by this per degree.
     rise = (along * centred).mean(0) / centred.square().mean(0).clamp(min=1e-6)
-    axes = directions / rise.clamp(min=1e-6)[:, None]
-    given = torch.cat([evidence, labels], 1)
-    each = torch.cat([regress(w, column[:, None]) for column in given.T])  # [5 + m, 512]
-    spanned = torch.cat([directions, each])
-    unit = spanned / spanned.norm(dim=1, keepdim=True).clamp(min=1e-9)
-    _, singular, vectors = torch.linalg.svd(unit, full_matrices=False)
-    # The axes themselves must stay inside: drop only what is no direction of its own.
-    return Nature(axes, vectors[singular > 1e-4 * singular[0]].T.contiguous())
+    return directions / rise.clamp(min=1e-6)[:, None]
 
 
 def principal_parts(person: Tensor) -> Tensor:

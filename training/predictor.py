@@ -14,6 +14,8 @@ trunk at another resolution, other augmentation (parts of the face hidden), its 
 and cuts. The transmitter walks by the first one and never loads the second, so an edit that fools
 the first one is found out by the second.
 
+A third one, `coach`, is trained for the fields' recipe alone (`open_coach`), and no bundle has it.
+
 Put CelebA-Dialog's annotation at `data/celeba128/celeba_dialog.txt` to train with its degrees
 instead.
 """
@@ -31,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared.attributes import ATTRIBUTES, MAX_DEGREE
-from shared.bundle import Bundle, write_net
+from shared.bundle import INDEX, Bundle, write_net
 from shared.errors import InvalidRequest
 from training.augment import Augmentation, resample
 from training.data import FaceSet, load_faces
@@ -41,6 +43,7 @@ from transmitter.predictor import Predictor, PredictorConfig, read_celeba_dialog
 
 NAME = "predictor"
 JUDGE = "judge"
+COACH = "coach"
 DIALOG_FILE = "celeba_dialog.txt"
 
 
@@ -78,6 +81,20 @@ JUDGE_RECIPE: Final = PredictorRecipe(
 parameters: 2.8 MB. About 8 minutes on two CPU cores.
 """
 JUDGE_SEED: Final = 7919  # added to the run's: what starts the judge never started the predictor
+
+COACH_RECIPE: Final = PredictorRecipe(
+    length=480,
+    learning_rate=1.5e-3,
+    resolution=112,
+    widths=(24, 56, 112, 176),
+    depths=(0, 1, 2, 1),
+    augmentation=Augmentation(
+        shift=0.05, turn_deg=7.0, zoom=0.10, colour=0.8, noise=0.06, erased=0.25
+    ),
+)
+"""A trunk, a resolution and an augmentation that neither of the others has. About 4 minutes on one
+core."""
+COACH_SEED: Final = 4242
 
 
 class Thresholds(nn.Module):
@@ -215,6 +232,22 @@ def train_judge(options: RunOptions, *, recipe: PredictorRecipe | None = None) -
         net=JUDGE,
         recipe=JUDGE_RECIPE if recipe is None else recipe,
     )
+
+
+def open_coach(options: RunOptions, *, recipe: PredictorRecipe | None = None) -> Predictor:
+    """The predictor that the fields are trained against beside the shipped one: walks that two nets
+    have to believe in are believed by a third more often.
+
+    Kept in `options.runs`, trained there first where it is missing. The judge is never used so: who
+    is trained against it would no longer be judged by it.
+    """
+    folder = options.runs / f"{COACH}-net"
+    if not (folder / INDEX).is_file() or not Bundle.open(folder).has(COACH):
+        own = replace(
+            options, bundle=folder, seed=options.seed + COACH_SEED, minutes=None, steps=None
+        )
+        train(own, net=COACH, recipe=COACH_RECIPE if recipe is None else recipe)
+    return Predictor.from_bundle(Bundle.open(folder), COACH)
 
 
 def learning_rate(recipe: PredictorRecipe, step: int, spent: float) -> float:

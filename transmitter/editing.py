@@ -1,11 +1,13 @@
-"""Editing a latent: a field per attribute, and a walk that stops at the degree asked (Eqs. 10, 11).
+"""Editing a latent: a walk along a field that stops at the degree asked (Eqs. 10, 11).
 
-    w --+--> field of the attribute --> direction --> a small turn --> w' --> G --> P --> degree
-        ^                                                               |
-        +---------- until the expected degree is seen, or overshot -----+
+    w --+--> field of the attribute --> a small turn --> w' --> arrival --> G --> P --> degree
+        ^                                                |
+        +------ until the expected degree is met --------+
 
-Latents lie on the sphere |w| = sqrt(512), so a step is a turn by a small angle: the result has
-the same power, needs no scalar beside it on the air, and 40 steps of 0.03 rad are at most 1.2 rad.
+What counts is the degree that is received. A channel at a finite SNR takes of every component what
+the code gave it too little power for, and the picture that is drawn there is kept in range. So a
+step is judged as it will arrive on average (`Arrival`) and as it will be shown, not as it is sent:
+the editing knows the channel code, as joint editing-channel coding has it.
 
 The walk is rolled out in latent space alone, which is cheap; generator and predictor look at a few
 of its steps at a time (`MatchLimits`). With one look per step it is the paper's loop.
@@ -15,112 +17,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from shared.attributes import ATTRIBUTES, Attribute, Edit
+from shared.adapters import ChannelDecoder, ChannelEncoder
+from shared.attributes import Attribute, Edit
 from shared.batching import Operation, Steps, alone, ask, ask_one
-from shared.bundle import Bundle
 from shared.errors import Cancelled
+from transmitter.fields import Fields, FieldsConfig
 
 Quality = Literal["fast", "balanced", "paper"]
+Arrival = Callable[[Tensor], Tensor]
+"""Latents [B,512] as sent -> [B,512] as they arrive on average: no noise, but what it costs."""
 
 
-@dataclass(frozen=True)
-class FieldsConfig:
-    """Sizes of the fields.
-
-    `depth` linear layers of `width` x `width` per attribute; `step_rad` is the turn of one step;
-    `slopes` is how fast each attribute's score rises along its field, per radian, as measured on
-    training codes: a first guess of how far to walk.
-    """
-
-    width: int = 512
-    depth: int = 8
-    step_rad: float = 0.03
-    slopes: tuple[float, ...] = (8.0, 8.0, 8.0, 8.0, 8.0)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> FieldsConfig:
-        return cls(
-            int(values["width"]),
-            int(values["depth"]),
-            float(values["step_rad"]),
-            tuple(float(slope) for slope in values["slopes"]),
-        )
-
-
-class Fields(nn.Module):
-    """Five fields M_a: latents to directions, 8 x Linear(512, 512) with LeakyReLU 0.2, batched.
-
-    Parameters `weight` [depth, 5, out, in] and `bias` [depth, 5, out].
-    """
-
-    def __init__(self, config: FieldsConfig, generator: torch.Generator | None = None) -> None:
-        super().__init__()
-        self.config = config
-        d, n, k = config.depth, len(ATTRIBUTES), config.width
-        gain = math.sqrt(2 / (1 + 0.2**2) / k)
-        self.weight = nn.Parameter(gain * torch.randn(d, n, k, k, generator=generator))
-        self.bias = nn.Parameter(torch.zeros(d, n, k))
-
-    @classmethod
-    def from_bundle(cls, bundle: Bundle) -> Fields:
-        """The bundle's fields, in evaluation mode, gradients off."""
-        return bundle.load_into("fields", cls(FieldsConfig.from_json(bundle.config("fields"))))
-
-    def start_at(self, directions: Tensor) -> None:
-        """Make every field constant, its `directions` [5,512]: where training starts."""
-        with torch.no_grad():
-            self.weight[-1].zero_()
-            self.bias[-1].copy_(F.normalize(directions, dim=-1) * math.sqrt(self.config.width))
-
-    def forward(self, w: Tensor) -> Tensor:
-        """w [B,512] -> all five directions [B,5,512], not normalised."""
-        return self.each(w.expand(len(ATTRIBUTES), *w.shape)).transpose(0, 1)
-
-    def each(self, x: Tensor) -> Tensor:
-        """Latents of each attribute [5,B,512] -> the direction of that attribute [5,B,512]."""
-        for layer in range(self.config.depth):
-            x = torch.baddbmm(self.bias[layer][:, None], x, self.weight[layer].transpose(1, 2))
-            if layer < self.config.depth - 1:
-                x = F.leaky_relu(x, 0.2)
-        return x
-
-    def direction(self, w: Tensor, attribute: Attribute) -> Tensor:
-        """w [B,512] -> the direction [B,512] of one attribute: a fifth of the work of `forward`."""
-        index, x = attribute.index, w
-        for layer in range(self.config.depth):
-            x = F.linear(x, self.weight[layer, index], self.bias[layer, index])
-            if layer < self.config.depth - 1:
-                x = F.leaky_relu(x, 0.2)
-        return x
-
-    def step(self, w: Tensor, attribute: Attribute, turn_rad: float | Tensor) -> Tensor:
-        """One step along the field (against it where `turn_rad` < 0): w [B,512] -> w' [B,512]."""
-        return turn(w, self.direction(w, attribute), turn_rad)
-
-
-def turn(w: Tensor, direction: Tensor, angle_rad: float | Tensor) -> Tensor:
-    """Turn w [B,n] by an angle (a number, or [B,1]) towards a direction [B,n]; |w| is kept.
-
-    Only the part of the direction that is tangent to the sphere counts, its length does not.
-    """
-    norm = w.norm(dim=-1, keepdim=True)
-    unit = w / norm
-    tangent = direction - (direction * unit).sum(-1, keepdim=True) * unit
-    tangent = F.normalize(tangent, dim=-1)
-    angle = torch.as_tensor(angle_rad, dtype=w.dtype, device=w.device)
-    turned: Tensor = norm * (torch.cos(angle) * unit + torch.sin(angle) * tangent)
-    return turned
+LOWEST_ARRIVAL_DB = 0.0
 
 
 @dataclass(frozen=True)
@@ -128,14 +43,15 @@ class MatchLimits:
     """How far to walk and how closely to watch.
 
     max_steps: longest walk. looks: how many pictures may be drawn and judged after the first one;
-    None: one per step, in order (the paper's loop). batch: pictures drawn at once. confidence: a
-    step at the target this sure ends the search. stride: the turn of a step, in `step_rad`.
+    None: one per step, in order (the paper's loop). batch: pictures drawn at once. near: a score
+    this close to the aim ends the search (degrees are 2 wide; two predictors differ by about 1).
+    stride: the turn of a step, in `step_rad`.
     """
 
     max_steps: int = 40
     looks: int | None = 8
     batch: int = 4
-    confidence: float = 0.6
+    near: float = 0.2
     stride: float = 1.0
 
     def __post_init__(self) -> None:
@@ -148,7 +64,7 @@ class MatchLimits:
 
 LIMITS: Mapping[str, MatchLimits] = MappingProxyType(
     {
-        "fast": MatchLimits(max_steps=40, looks=6, batch=3),
+        "fast": MatchLimits(max_steps=40, looks=5, batch=3),
         "balanced": MatchLimits(max_steps=40, looks=16, batch=4),
         "paper": MatchLimits(max_steps=100, looks=None, batch=1, stride=0.4),
     }
@@ -159,10 +75,10 @@ LIMITS: Mapping[str, MatchLimits] = MappingProxyType(
 class Match:
     """What the walk found.
 
-    w [1,512]; before, after: the degrees [5] int64 the predictor sees on G(w) before and after;
-    expected: the degree asked of the edited attribute, 0..5 (Eq. 10); steps walked to w; reached:
-    whether after[attribute] == expected; image [1,3,H,W]: G(w) as it was drawn, not clamped;
-    looks: pictures drawn and judged, the first included.
+    w [1,512]; before, after: the degrees [5] int64 the predictor sees on G of the latent given, and
+    on G of w as it arrives; expected: the degree asked of the edited attribute, 0..5 (Eq. 10);
+    steps walked to w; reached: whether after[attribute] == expected; image [1,3,H,W] in [-1, 1]:
+    what `after` was seen on; looks: pictures drawn and judged, the first included.
     """
 
     w: Tensor
@@ -187,16 +103,14 @@ class Judge(Protocol):
 
     cuts: Tensor
 
-    def scores(self, image: Tensor) -> Tensor: ...
+    def steady_scores(self, image: Tensor) -> Tensor: ...
 
     def score_degrees(self, scores: Tensor) -> Tensor: ...
-
-    def score_logits(self, scores: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True, eq=False)
 class Look:
-    """What was seen at a latent: the picture [1, 3, H, W] and its scores [5]."""
+    """What was seen at a latent: the picture [1, 3, H, W] in [-1, 1] and its scores [5]."""
 
     image: Tensor
     scores: Tensor
@@ -231,8 +145,9 @@ class Matching:
 
         @torch.no_grad()
         def look(latents: Sequence[Tensor]) -> Sequence[Look]:
-            images = generator.synthesis(torch.cat(list(latents)))
-            scores = predictor.scores(images)  # [B, 5]
+            # In range, as they are shown: blacker than black reads as hair to the predictor.
+            images = generator.synthesis(torch.cat(list(latents))).clamp(-1, 1)
+            scores = predictor.steady_scores(images)  # [B, 5]
             # Clones: a picture that is kept should not keep the others of its batch in memory.
             return [Look(images[i : i + 1].clone(), scores[i].clone()) for i in range(len(latents))]
 
@@ -272,6 +187,7 @@ def match(
     generator: Renderer,
     fields: Fields,
     predictor: Judge,
+    arrival: Arrival | None = None,
     max_steps: int | None = None,
     limits: MatchLimits | Quality = "balanced",
     cancelled: Callable[[], bool] | None = None,
@@ -279,10 +195,12 @@ def match(
 ) -> Match:
     """Iterative attribute matching (Eqs. 10, 11) of one latent w [1,512].
 
-    Walks along the attribute's field until the predictor sees the expected degree in G(w), and
-    keeps the most confident step at that degree. Where no step shows it, the step whose score came
-    nearest is returned with `reached` False. A face that already shows it is returned as it is.
-    `progress` gets 0..1. Raises Cancelled once `cancelled()` is true, ValueError for a wrong shape.
+    Walks along the attribute's field until the predictor sees the expected degree in G(w), as w
+    arrives (as it is, without an `arrival`), and keeps the step that is nearest to the degree's
+    middle: there it is likeliest, and there another observer agrees most often. Where no step shows
+    it, the step whose score came nearest is returned with `reached` False. A face that already
+    shows it is returned as it is. `progress` gets 0..1. Raises Cancelled once `cancelled()` is
+    true, ValueError for a wrong shape.
     """
     networks = Matching.of(generator, fields, predictor)
     return alone(
@@ -290,6 +208,7 @@ def match(
             w,
             edit,
             networks,
+            arrival=arrival,
             max_steps=max_steps,
             limits=limits,
             cancelled=cancelled,
@@ -303,6 +222,7 @@ def matching(
     edit: Edit,
     networks: Matching,
     *,
+    arrival: Arrival | None = None,
     max_steps: int | None = None,
     limits: MatchLimits | Quality = "balanced",
     cancelled: Callable[[], bool] | None = None,
@@ -313,7 +233,8 @@ def matching(
         raise ValueError(f"w must be [1, {networks.config.width}], got {list(w.shape)}")
     limit = LIMITS[limits] if isinstance(limits, str) else limits
     steps = limit.max_steps if max_steps is None else max_steps
-    walk = _Walk(w, edit, networks, cancelled, limit.stride * networks.config.step_rad)
+    turn_rad = limit.stride * networks.config.step_rad
+    walk = _Walk(w, edit, networks, arrival or _as_sent, cancelled, turn_rad)
     yield from walk.look([0])
     before = walk.degrees(0)
     expected = edit.expected(int(before[walk.index]))  # Eq. (10)
@@ -337,11 +258,32 @@ def matching(
     )
 
 
+def arrival_of(encoder: ChannelEncoder, decoder: ChannelDecoder, snr_db: float) -> Arrival:
+    """How latents arrive on average at this SNR: coded and decoded, without the noise.
+
+    Below LOWEST_ARRIVAL_DB as there: to see a whole degree behind a channel that leaves a fifth of
+    the face, a walk would have to spend all of the message's power on it.
+    """
+    snr_db = max(snr_db, LOWEST_ARRIVAL_DB)
+
+    @torch.no_grad()
+    def arrive(w: Tensor) -> Tensor:
+        w_hat: Tensor = decoder(encoder(w, snr_db), snr_db)
+        return w_hat
+
+    return arrive
+
+
+def _as_sent(w: Tensor) -> Tensor:
+    return w
+
+
 class _Walk:
     """The path of one edit: latents by step, and the scores of the steps that were looked at.
 
-    best: the most confident step at the target (Eq. 11), else the one whose score is nearest.
-    image: the picture drawn there.
+    Step 0 is looked at as it is, for its degree is what the edit starts from; the others as they
+    arrive. best: the step at the target whose score is nearest to the aim (Eq. 11), else the one
+    that lacks least. image: the picture drawn there.
     """
 
     def __init__(
@@ -349,11 +291,12 @@ class _Walk:
         w: Tensor,
         edit: Edit,
         networks: Matching,
+        arrival: Arrival,
         cancelled: Callable[[], bool] | None,
         turn_rad: float,
     ) -> None:
         self.attribute, self.index = edit.attribute, edit.attribute.index
-        self.networks, self.judge = networks, networks.judge
+        self.networks, self.judge, self.arrival = networks, networks.judge, arrival
         self.cancelled, self.turn_rad = cancelled, turn_rad
         self.path = [w]
         self.scores: dict[int, Tensor] = {}  # step -> scores [5]
@@ -390,7 +333,8 @@ class _Walk:
         if (missing := max(new) + 1 - len(self.path)) > 0:
             stretch = Stretch(self.path[-1], self.attribute, self.sign * self.turn_rad, missing)
             self.path += yield from ask_one(self.networks.walk, stretch)
-        seen = yield from ask(self.networks.look, [self.path[step] for step in new])
+        latents = [self.arrival(self.path[step]) if step else self.path[0] for step in new]
+        seen = yield from ask(self.networks.look, latents)
         for step, look in zip(new, seen, strict=True):
             self.scores[step] = look.scores
             if step == 0:
@@ -399,10 +343,13 @@ class _Walk:
                 self.best, self.image, self._worth = step, look.image, worth
 
     def _rank(self, step: int) -> tuple[int, float, int]:
-        """At the target by confidence, before all that are not, by nearness; the earlier first."""
+        """At the target by nearness to the aim, before all that are not; the earlier first.
+
+        In thousandths: a batch's rounding must not decide between steps that are alike.
+        """
         if self.at_target(step):
-            return 1, self.confidence(step), -step
-        return 0, -self.lacks(step), -step
+            return 1, -round(self.off(step), 3), -step
+        return 0, -round(self.lacks(step), 3), -step
 
     def score(self, step: int) -> float:
         return float(self.scores[step][self.index])
@@ -413,14 +360,13 @@ class _Walk:
     def at_target(self, step: int) -> bool:
         return int(self.degrees(step)[self.index]) == self.expected
 
-    def confidence(self, step: int) -> float:
-        logits = self.judge.score_logits(self.scores[step][None])[0, self.index]
-        return float(logits.softmax(-1)[self.expected])
+    def off(self, step: int) -> float:
+        """How far the score is from the aim."""
+        return abs(self.score(step) - self.aim)
 
-    def beyond(self, step: int) -> bool:
-        """Has the walk gone past the target's interval?"""
-        s = self.score(step)
-        return s >= self.high if self.sign > 0 else s < self.low
+    def past(self, step: int) -> bool:
+        """Has the walk met the aim, or gone past it?"""
+        return self.sign * (self.score(step) - self.aim) >= 0
 
     def lacks(self, step: int) -> float:
         """How far the score is outside of the target's interval; 0 inside."""
@@ -431,12 +377,12 @@ class _Walk:
 def _watch_every_step(
     walk: _Walk, steps: int, limit: MatchLimits, progress: Callable[[float], None] | None
 ) -> Steps[None]:
-    """The paper's loop: one step, one look, until the target is sure or overshot."""
+    """The paper's loop: one step, one look, until the aim is met or overshot."""
     for step in range(1, steps + 1):
         yield from walk.look([step])
         if progress is not None:
             progress(step / steps)
-        if walk.beyond(step) or (walk.at_target(step) and walk.confidence(step) > limit.confidence):
+        if walk.past(step) or walk.off(step) <= limit.near:
             return
 
 
@@ -465,20 +411,23 @@ def _watch_some_steps(
         left -= len(candidates)
         if progress is not None:
             progress(1 - left / looks)
-        if any(walk.at_target(s) and walk.confidence(s) > limit.confidence for s in walk.scores):
+        if min(map(walk.off, walk.scores)) <= limit.near:
             return
-        past = [s for s in walk.scores if walk.sign * (walk.score(s) - walk.aim) >= 0]
-        far = min(past, default=None)
+        far = min(filter(walk.past, walk.scores), default=None)
         near = max(s for s in walk.scores if far is None or s < far)
         if far is not None and far - near <= 1:
             return
 
 
 def _ahead(walk: _Walk, near: int, steps: int, count: int) -> list[int]:
-    """`count` steps after `near`, spread about the distance that the field's measured slope
-    predicts.
+    """`count` steps after `near`, spread about the distance that the slope predicts: the one seen
+    so far, or before that the field's mean one, measured without a channel.
     """
     slope = max(walk.networks.config.slopes[walk.index] * walk.turn_rad, 1e-6)
+    if near > 0:
+        last = max(step for step in walk.scores if step < near)
+        seen = walk.sign * (walk.score(near) - walk.score(last)) / (near - last)
+        slope = min(max(seen, slope / 4), slope * 2)
     expected = abs(walk.aim - walk.score(near)) / slope
     reach = [near + math.ceil(expected * factor) for factor in _SPREAD[-count:]]
     return sorted({min(steps, max(near + 1, step)) for step in reach})

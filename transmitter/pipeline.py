@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shared.adapters import ChannelEncoder
+from shared.adapters import Adapters, ChannelDecoder, ChannelEncoder
 from shared.attributes import Edit
 from shared.batching import Item, Operation, Result, Steps, alone, ask_one
 from shared.bundle import Bundle
@@ -25,8 +25,9 @@ from shared.compute import in_shares
 from shared.errors import Cancelled, InvalidRequest, NoFaceFound
 from shared.images import decode_photo, to_float
 from shared.stylegan2 import Generator
-from transmitter.editing import Fields, Matching, Quality, matching
+from transmitter.editing import Arrival, Matching, Quality, arrival_of, matching
 from transmitter.faces import FaceFinder, align
+from transmitter.fields import Fields
 from transmitter.inversion import InversionEncoder, Inverting, inverting
 from transmitter.predictor import Predictor
 from transmitter.text import Reading, TextReader
@@ -41,9 +42,10 @@ class Transmission:
     """What one message was made of.
 
     symbols: [1, 256] complex64, mean |x|^2 = 1. before, after: degrees 0..5 of the five attributes
-    as the predictor sees them in the rendering before and after the edit; before and expected are
-    None where nothing was edited. faces_found: 0 where the picture came aligned. aligned:
-    [1, 3, 128, 128] what was inverted; sent: what a receiver behind a perfect channel would draw.
+    as the predictor sees them in the rendering before the edit, and after it as it will arrive on
+    average; before and expected are None where nothing was edited. faces_found: 0 where the picture
+    came aligned. aligned: [1, 3, 128, 128] what was inverted; sent: what a receiver behind a
+    perfect channel would draw.
     """
 
     symbols: Tensor
@@ -73,6 +75,7 @@ class Transmitter:
         predictor: Predictor,
         fields: Fields,
         channel_encoder: ChannelEncoder,
+        channel_decoder: ChannelDecoder,
         device: torch.device | str = "cpu",
     ) -> None:
         self.device = torch.device(device)
@@ -83,6 +86,7 @@ class Transmitter:
         self.predictor = predictor.to(self.device)
         self.fields = fields.to(self.device)
         self.channel_encoder = channel_encoder.to(self.device)
+        self.channel_decoder = channel_decoder.to(self.device)  # the receiver's, to foresee it
         # As many pictures in a pass as pay: a CPU's caches hold no more, a GPU starves on fewer.
         most = 8 if self.device.type == "cpu" else 64
         self._decode = Operation("decode", _each(decode_photo), aside=True)
@@ -100,6 +104,7 @@ class Transmitter:
     @classmethod
     def from_bundle(cls, bundle: Bundle, device: torch.device | str = "cpu") -> "Transmitter":
         """Load every net of the transmitter. Raises BundleError where one is missing or broken."""
+        adapters = Adapters.from_bundle(bundle)
         return cls(
             finder=FaceFinder.from_bundle(bundle),
             reader=TextReader.from_bundle(bundle),
@@ -107,7 +112,8 @@ class Transmitter:
             generator=Generator.from_bundle(bundle),
             predictor=Predictor.from_bundle(bundle),
             fields=Fields.from_bundle(bundle),
-            channel_encoder=ChannelEncoder.from_bundle(bundle),
+            channel_encoder=adapters.encoder,
+            channel_decoder=adapters.decoder,
             device=device,
         )
 
@@ -196,6 +202,7 @@ class Transmitter:
                     w,
                     reading.edit,
                     self._matching,
+                    arrival=self.arrival(snr_db),
                     limits=quality,
                     cancelled=cancelled,
                     progress=watch.within("edit"),
@@ -204,11 +211,9 @@ class Transmitter:
         with watch("encode"):
             symbols = yield from ask_one(self._code, (w, snr_db))  # [1, 256]
         with watch("draw"):
-            if found is not None:  # it was drawn to be judged
-                sent, after = found.image, found.after
-            else:
-                look = yield from ask_one(self._matching.look, w)
-                sent, after = look.image, self.predictor.score_degrees(look.scores[None])[0]
+            look = yield from ask_one(self._matching.look, w)
+            seen = self.predictor.score_degrees(look.scores[None])[0]
+            after = seen if found is None else found.after
         return Transmission(
             symbols=symbols.cpu(),
             edit=None if reading is None else reading.edit,
@@ -220,9 +225,13 @@ class Transmitter:
             match_steps=0 if found is None else found.steps,
             faces_found=faces_found,
             aligned=face.cpu(),
-            sent=sent.clamp(-1, 1).cpu(),
+            sent=look.image.cpu(),
             timings_ms=watch.timings_ms(),
         )
+
+    def arrival(self, snr_db: float) -> Arrival:
+        """How latents arrive on average at this SNR."""
+        return arrival_of(self.channel_encoder, self.channel_decoder, snr_db)
 
     @torch.no_grad()
     def _encoded(self, items: Sequence[tuple[Tensor, float]]) -> Sequence[Tensor]:

@@ -196,6 +196,13 @@ class Predictor(nn.Module):
         s: Tensor = self.scores_head(self.features(image)[-1].float().flatten(1))
         return s
 
+    def steady_scores(self, image: Tensor) -> Tensor:
+        """Scores [B,5], the mean over the picture and its mirror image: what is seen in one of them
+        only does not count.
+        """
+        both: Tensor = self.scores(torch.cat([image, image.flip(3)])).unflatten(0, (2, -1)).mean(0)
+        return both
+
     def score_logits(self, scores: Tensor) -> Tensor:
         """Scores [B,5] -> log P(degree = k) [B,5,6], k = 0..5, of the ordered-logit model.
 
