@@ -58,22 +58,22 @@ REPORT_SNRS_DB = (-10.0, *PAPER_SNRS_DB)
 class AdaptersRecipe:
     """Lengths, rates and weights.
 
-    probes: how the closed form's metric is measured, on the first `code_faces`. turned: the share
-    of the features in the metric that the components are turned to; 0 leaves them as they are.
+    probes: how the closed form's metric is measured, on the first `probed` faces. turned: the
+    share of the features in the metric that the components are turned to; 0 leaves them as they are.
     batch: messages a step, each rendered. judged: one in so many is shown to the recogniser, which
     costs as much as half a picture. low: the share of messages at -10..4 dB.
     rate_affine, rate_turn: of the scales and shifts by SNR, and of the turned components.
     """
 
     per_snr: bool = False
-    length: int = 600
+    length: int = 300
     batch: int = 8
     rate: float = 1e-4
-    rate_affine: float = 1e-3
-    rate_turn: float = 1e-4
+    rate_affine: float = 2e-3
+    rate_turn: float = 2e-4
     warm_up: int = 20
     faces: int = 6000
-    code_faces: int = 3072
+    probed: int = 3072
     probes: Probes = field(default_factory=Probes)
     turned: float = 0.5
     low: float = 0.7
@@ -81,7 +81,7 @@ class AdaptersRecipe:
     identity_weight: float = 0.5
     latent_weight: float = 0.02
     judged: int = 2
-    report_steps: int = 100
+    report_steps: int = 50
     checkpoint_minutes: float = 2.0
 
     @property
@@ -110,9 +110,10 @@ def train(options: RunOptions, recipe: AdaptersRecipe | None = None) -> None:
             )
         if state is None:
             latents = faces_to_latents(faces, bundle, run.device)
-            first = latents[: recipe.code_faces]
-            metric = picture_metric(first, generator, judges.distance, recipe.probes, options.seed)
-            code = LinearCode.fit(first, metric)
+            metric = picture_metric(
+                latents[: recipe.probed], generator, judges.distance, recipe.probes, options.seed
+            )
+            code = LinearCode.fit(latents, metric)
             turned = turned_code(latents, faces, code, judges, recipe.turned)
         else:
             latents, code = state["latents"], LinearCode(**state["code"])
@@ -245,11 +246,11 @@ def start(code: LinearCode, turned: LinearCode, classes_db: tuple[float, ...]) -
     adapters = Adapters(config, code)
     white = code.synthesis.double() * code.spectrum.double().sqrt()  # white components to latents
     turn = (turned.analysis.double() / turned.spectrum.double().sqrt().unsqueeze(1)) @ white
-    # Of the same latents both are white and this is a rotation; of others nearly, so the nearest.
-    left, _, right = torch.linalg.svd(turn)
     with torch.no_grad():
+        adapters.encoder.turn.copy_(turn)
+        # Of the same latents both are white, so the turn is a rotation and this its inverse.
+        adapters.decoder.turn.copy_(torch.linalg.inv(turn).T)
         for end in (adapters.encoder, adapters.decoder):
-            end.turn.copy_(left @ right)
             end.weights.copy_(turned.spectrum)
     return adapters
 
