@@ -58,8 +58,8 @@ REPORT_SNRS_DB = (-10.0, *PAPER_SNRS_DB)
 class AdaptersRecipe:
     """Lengths, rates and weights.
 
-    probes: how the closed form's metric is measured, on the first `probed` faces. turned: the
-    share of the features in the metric that the components are turned to; 0 leaves them as they are.
+    probes: how the closed form's metric is measured, on the first `probed` faces. turned: share of
+    the features in the metric that the components are turned to; 0 leaves them as they are.
     batch: messages a step, each rendered. judged: one in so many is shown to the recogniser, which
     costs as much as half a picture. low: the share of messages at -10..4 dB.
     rate_affine, rate_turn: of the scales and shifts by SNR, and of the turned components.
