@@ -66,19 +66,19 @@ class AdaptersRecipe:
     """
 
     per_snr: bool = False
-    length: int = 300
+    length: int = 500
     batch: int = 8
-    rate: float = 1e-4
-    rate_affine: float = 2e-3
-    rate_turn: float = 2e-4
+    rate: float = 2e-4
+    rate_affine: float = 3e-3
+    rate_turn: float = 2e-5
     warm_up: int = 20
     faces: int = 6000
     probed: int = 3072
     probes: Probes = field(default_factory=Probes)
     turned: float = 0.5
     low: float = 0.7
-    pixel_weight: float = 1.0
-    identity_weight: float = 0.5
+    pixel_weight: float = 0.3
+    identity_weight: float = 0.7
     latent_weight: float = 0.02
     judged: int = 2
     report_steps: int = 50
