@@ -1,8 +1,8 @@
 """SNR adapters: a latent of 512 reals as 256 symbols, and back; one pair serves every SNR.
 
-    w --> s = A (w - mean) --> a(N0) s + R_enc(s, SNR) --> pair, unit power --> x
-                                                                                |
-    w_hat <-- mean + S (u LMMSE(r) + R_dec(r, SNR)) <-- unpair, r <-- x_hat
+    w --> s = T A (w - mean) --> a(N0) s + R_enc(s, SNR) --> pair, unit power --> x
+                                                                                  |
+    w_hat <-- mean + S T'(u g LMMSE(r) + b + R_dec(r, SNR)) <-- unpair, r <-- x_hat
 
 The linear part is a closed form. A turns the latent into uncorrelated components of variance
 lambda_i; water-filling gives component i the power p_i that minimises what the best linear receiver
@@ -12,11 +12,15 @@ leaves (Lee and Petersen, "Optimal linear coding for vector channels", 1976):
 
 Untrained, lambda = 1 and A = S = I: the latent is sent as it is and shrunk by 1 / (1 + N0), which
 is the posterior mean of unit-variance components. `LinearCode.fit` replaces that by the principal
-axes of real latents. The residuals R are the paper's adapters, four Linear(k, k) with LeakyReLU;
-their last layer starts at zero, so training begins at the closed form and can only leave it for
-something better. They are modulated by the SNR (FiLM), or there is one of them per SNR class.
+axes of real latents. What squared error likes is not all that a picture's judges like, so where
+`turned` says so both ends turn the white components by learned matrices T and T' into others that
+matter more to those, and power is filled by weights of their own; the decoder scales and shifts
+each by the SNR, g and b. With T = I, g = 1 and b = 0 that is the closed form again. The residuals R
+are the paper's adapters, four Linear(k, k) with LeakyReLU; their last layer starts at zero, so
+training begins at the linear code and can only leave it for something better. They are modulated by
+the SNR (FiLM), or there is one of them per SNR class.
 
-The decoder's output is the posterior mean. Its norm is smaller than the latent's on purpose: the
+The linear code gives the posterior mean. Its norm is smaller than the latent's on purpose: the
 synthesis network is trained on such latents. No scalar of the message crosses beside the symbols:
 u, which undoes the scale that the power constraint took, is found from |w|^2 = k (`undo_scale`).
 """
@@ -52,7 +56,8 @@ class AdapterConfig:
 
     snr_low_db, snr_high_db: the range the modulation tells apart; beyond it only the closed form
     follows the SNR. classes_db: SNR classes with a residual each (the paper: -6, 0, 6, 12, 18);
-    empty for one residual modulated by the SNR.
+    empty for one residual modulated by the SNR. turned: whether the components are turned, and the
+    received ones scaled and shifted.
     """
 
     latent: int = 512
@@ -61,6 +66,7 @@ class AdapterConfig:
     snr_high_db: float = 20.0
     snr_features: int = 8
     classes_db: tuple[float, ...] = ()
+    turned: bool = False
 
     def __post_init__(self) -> None:
         if self.latent < 2 or self.latent % 2 or self.layers < 2:
@@ -186,10 +192,25 @@ def undo_scale(
     return solution.clamp(0.1, 10.0).pow(trust).unsqueeze(1)
 
 
-class _Residual(nn.Module):
-    """Linear(k, k) x layers with LeakyReLU .2, scaled and shifted by the SNR; zero at the start."""
+class _Bumps(nn.Module):
+    """Overlapping bumps over the SNR range: [B, snrs] dB -> [B, snrs x features]."""
 
     centres: Tensor
+
+    def __init__(self, config: AdapterConfig) -> None:
+        super().__init__()
+        centres = torch.linspace(config.snr_low_db, config.snr_high_db, config.snr_features)
+        self.register_buffer("centres", centres, persistent=False)
+
+    def forward(self, snrs_db: Tensor) -> Tensor:
+        low, high = self.centres[0], self.centres[-1]
+        step = (high - low) / (len(self.centres) - 1)
+        inside = torch.minimum(torch.maximum(snrs_db, low), high).unsqueeze(2)
+        return torch.exp(-0.5 * ((inside - self.centres) / step).square()).flatten(1)
+
+
+class _Residual(nn.Module):
+    """Linear(k, k) x layers with LeakyReLU .2, scaled and shifted by the SNR; zero at the start."""
 
     def __init__(self, config: AdapterConfig, snrs: int) -> None:
         super().__init__()
@@ -204,14 +225,13 @@ class _Residual(nn.Module):
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
             self.film = nn.Sequential(nn.Linear(snrs * config.snr_features, 64), nn.SiLU(), last)
-            centres = torch.linspace(config.snr_low_db, config.snr_high_db, config.snr_features)
-            self.register_buffer("centres", centres, persistent=False)
+            self.bumps = _Bumps(config)
 
     def forward(self, s: Tensor, snrs_db: Tensor) -> Tensor:
         """s [B, k], snrs_db [B, snrs] -> [B, k]."""
         scales: tuple[Tensor, ...] = ()
         if self.film is not None:
-            scales = self.film(self._features(snrs_db)).chunk(2 * (self.layers - 1), dim=1)
+            scales = self.film(self.bumps(snrs_db)).chunk(2 * (self.layers - 1), dim=1)
         for number, linear in enumerate(self.linears):
             s = linear(s)
             if number == self.layers - 1:
@@ -222,13 +242,6 @@ class _Residual(nn.Module):
         # The closed form is off by at most what the noise leaves, so a correction is of that size;
         # without noise, and far above the SNRs of the training, it is none.
         return s if self.film is None else s * torch.sigmoid(-_NEPER * snrs_db[:, -1:]).sqrt()
-
-    def _features(self, snrs_db: Tensor) -> Tensor:
-        """Overlapping bumps over the SNR range: [B, snrs] dB -> [B, snrs x features]."""
-        low, high = self.centres[0], self.centres[-1]
-        step = (high - low) / (len(self.centres) - 1)
-        inside = torch.minimum(torch.maximum(snrs_db, low), high).unsqueeze(2)
-        return torch.exp(-0.5 * ((inside - self.centres) / step).square()).flatten(1)
 
 
 class _Residuals(nn.Module):
@@ -259,11 +272,15 @@ class _Residuals(nn.Module):
 
 
 class ChannelEncoder(nn.Module):
-    """Channel encoder adapter A_CE: latent -> symbols."""
+    """Channel encoder adapter A_CE: latent -> symbols.
+
+    turn [k, k], weights [k]: T, and the spectrum that power is filled by, where the config says so.
+    """
 
     mean: Tensor
     analysis: Tensor
     spectrum: Tensor
+    weights: Tensor
 
     def __init__(self, config: AdapterConfig | None = None, code: LinearCode | None = None) -> None:
         super().__init__()
@@ -272,6 +289,9 @@ class ChannelEncoder(nn.Module):
         self.register_buffer("mean", code.mean)
         self.register_buffer("analysis", code.analysis)
         self.register_buffer("spectrum", code.spectrum)
+        if self.config.turned:
+            self.turn = nn.Parameter(torch.eye(self.config.latent))
+            self.register_buffer("weights", code.spectrum.clone())
         self.residual = _Residuals(self.config, snrs=1)
 
     @classmethod
@@ -288,18 +308,26 @@ class ChannelEncoder(nn.Module):
         _check_matrix("latent", w, self.config.latent)
         check_snr_db(snr_db)
         snr = _per_message(snr_db, w)  # [B]
-        power = water_fill(self.spectrum, snr_db_to_noise_variance(snr))  # [B, k]
         white = (w - self.mean) @ self.analysis.T / self.spectrum.sqrt()  # [B, k], unit variance
+        levels = self.spectrum
+        if self.config.turned:
+            white, levels = white @ self.turn.T, self.weights
+        power = water_fill(levels, snr_db_to_noise_variance(snr))  # [B, k]
         sent = white * power.sqrt() + self.residual(white, snr.unsqueeze(1))
         return normalise_power(to_complex(sent))  # [B, k/2]
 
 
 class ChannelDecoder(nn.Module):
-    """Channel decoder adapter A_CD: equalised symbols -> posterior-mean latent."""
+    """Channel decoder adapter A_CD: equalised symbols -> posterior-mean latent.
+
+    turn [k, k], weights [k], affine: T', the encoder's weights, and g - 1 and b by the two SNRs,
+    where the config says so.
+    """
 
     mean: Tensor
     synthesis: Tensor
     spectrum: Tensor
+    weights: Tensor
 
     def __init__(self, config: AdapterConfig | None = None, code: LinearCode | None = None) -> None:
         super().__init__()
@@ -308,6 +336,13 @@ class ChannelDecoder(nn.Module):
         self.register_buffer("mean", code.mean.clone())
         self.register_buffer("synthesis", code.synthesis)
         self.register_buffer("spectrum", code.spectrum.clone())
+        if self.config.turned:
+            k = self.config.latent
+            self.turn = nn.Parameter(torch.eye(k))
+            self.register_buffer("weights", code.spectrum.clone())
+            self.bumps = _Bumps(self.config)
+            self.affine = nn.Linear(2 * self.config.snr_features, 2 * k, bias=False)
+            nn.init.zeros_(self.affine.weight)
         self.residual = _Residuals(self.config, snrs=2)
 
     @classmethod
@@ -330,17 +365,26 @@ class ChannelDecoder(nn.Module):
         received = math.sqrt(2) * to_real(x_hat)  # [B, k], unit power per real component
         snr = _per_message(snr_db, received)  # [B]
         sent = snr if sent_snr_db is None else _per_message(sent_snr_db, received)
-        power = water_fill(self.spectrum, snr_db_to_noise_variance(sent))  # [B, k]
         noise = snr_db_to_noise_variance(snr).unsqueeze(1)  # [B, 1]
-        white = received * power.sqrt() / (power + noise)  # E[s | r] for unit variance
+        snrs = torch.stack((sent, snr), dim=1)  # [B, 2]
         spread = self.synthesis * self.spectrum.sqrt()  # [k, k], white components to latents
+        levels = self.spectrum
+        if self.config.turned:
+            spread, levels = spread @ self.turn.T, self.weights
+        power = water_fill(levels, snr_db_to_noise_variance(sent))  # [B, k]
+        white = received * power.sqrt() / (power + noise)  # E[s | r] for unit variance
         moved = white @ spread.T  # [B, k]
         energies = spread.square().sum(dim=0)  # [k]
-        moved = moved * undo_scale(moved, self.mean, energies, power, noise)
+        scale = undo_scale(moved, self.mean, energies, power, noise)  # [B, 1]
         # 1 / sqrt(1 + N0) brings whatever was received to unit variance for the network.
         seen = received / (1 + noise).sqrt()
-        correction = self.residual(seen, torch.stack((sent, snr), dim=1))
-        latent: Tensor = self.mean + moved + correction @ spread.T
+        correction = self.residual(seen, snrs)
+        if self.config.turned:
+            gain, shift = self.affine(self.bumps(snrs)).chunk(2, dim=1)  # [B, k] each
+            # Like the residual's, it is of the size of what the noise leaves.
+            left = torch.sigmoid(-_NEPER * snrs[:, 1:]).sqrt()
+            correction = correction + left * (gain * white + shift)
+        latent: Tensor = self.mean + moved * scale + correction @ spread.T
         return latent  # [B, k]
 
 

@@ -70,6 +70,7 @@ def test_power_is_exactly_one_for_every_message(snr_db: float, generator: torch.
         Adapters(config, LinearCode.fit(_coloured(500, generator))).requires_grad_(False),
         _shaken(config),
         _shaken(AdapterConfig(latent=64, classes_db=PAPER_SNRS_DB)),
+        _shaken(AdapterConfig(latent=64, turned=True)),
     ):
         x = adapters.encoder(w, snr_db)
         assert (x.shape, x.dtype) == ((20, 32), torch.complex64)
@@ -78,7 +79,8 @@ def test_power_is_exactly_one_for_every_message(snr_db: float, generator: torch.
 
 def test_a_message_does_not_depend_on_its_neighbours(generator: torch.Generator) -> None:
     w, snrs = _latents(4, generator, 32), torch.tensor([-6.0, 0.0, 6.0, 18.0])
-    for config in (SMALL, AdapterConfig(latent=32, classes_db=PAPER_SNRS_DB)):
+    turned = AdapterConfig(latent=32, turned=True)
+    for config in (SMALL, turned, AdapterConfig(latent=32, classes_db=PAPER_SNRS_DB)):
         adapters = _shaken(config)
         together = adapters.encoder(w, snrs)
         decoded = adapters.decoder(together, snrs)
@@ -265,11 +267,16 @@ def test_size_is_the_papers() -> None:
     assert sum(p.numel() for m in linears for p in m.parameters()) == 8 * (512 * 512 + 512)
 
 
+@pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("classes", [(), PAPER_SNRS_DB])
 def test_gradients_reach_every_parameter_through_the_channel(
-    classes: tuple[float, ...], generator: torch.Generator
+    classes: tuple[float, ...], turned: bool, generator: torch.Generator
 ) -> None:
-    adapters = _shaken(AdapterConfig(latent=32, classes_db=classes)).train().requires_grad_(True)
+    adapters = (
+        _shaken(AdapterConfig(latent=32, classes_db=classes, turned=turned))
+        .train()
+        .requires_grad_(True)
+    )
     snrs = torch.tensor(PAPER_SNRS_DB)
     reception = Channel(ChannelConfig("rayleigh"))(
         adapters.encoder(_latents(5, generator, 32), snrs), snrs, generator
@@ -331,11 +338,12 @@ def test_the_encoder_refuses_bad_snr(snr_db: float) -> None:
 # ---- bundle ---------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("classes", [(), PAPER_SNRS_DB])
 def test_a_bundle_gives_back_both_ends(
-    classes: tuple[float, ...], tmp_path: Path, generator: torch.Generator
+    classes: tuple[float, ...], turned: bool, tmp_path: Path, generator: torch.Generator
 ) -> None:
-    adapters = _shaken(AdapterConfig(latent=32, classes_db=classes))
+    adapters = _shaken(AdapterConfig(latent=32, classes_db=classes, turned=turned))
     config = json.loads(json.dumps(adapters.config.to_json()))
     assert AdapterConfig.from_json(config) == adapters.config
     write_net(tmp_path, NET, config=config, tensors=adapters.state_dict(), provenance={})

@@ -12,15 +12,14 @@ from shared.adapters import NET_PER_SNR, PAPER_SNRS_DB, Adapters, LinearCode
 from shared.bundle import Bundle, write_net
 from shared.errors import BundleError, InvalidRequest
 from shared.stylegan2 import Generator, GeneratorConfig, to_sphere
-from training.adapters import AdaptersRecipe, picture_metric, score, train
+from training.adapters import AdaptersRecipe, score, start, train
 from training.data import make_fake_data
+from training.judging import Probes, feature_metric, picture_metric
 from training.run import RunOptions
 from transmitter.inversion import InversionConfig, InversionEncoder
 
 SIZE, LATENT = 32, 64
-RECIPE = AdaptersRecipe(
-    length=4, batch=8, probes=16, picture_steps=2, pictures=2, warm_up=1, report_steps=2
-)
+RECIPE = AdaptersRecipe(length=4, batch=4, probes=Probes(16), warm_up=1, report_steps=2)
 
 
 def _write_sources(folder: Path, seed: int = 0) -> None:
@@ -76,7 +75,7 @@ def test_resuming_is_the_same_as_never_stopping(options: RunOptions) -> None:
 
 
 def test_one_pair_per_snr_is_a_net_of_its_own(options: RunOptions) -> None:
-    train(replace(options, steps=1), replace(RECIPE, per_snr=True, picture_weight=0.0))
+    train(replace(options, steps=1), replace(RECIPE, per_snr=True))
     bundle = Bundle.open(options.bundle)
     assert not bundle.has("adapters")
     adapters = Adapters.from_bundle(bundle, NET_PER_SNR)
@@ -84,11 +83,11 @@ def test_one_pair_per_snr_is_a_net_of_its_own(options: RunOptions) -> None:
 
 
 def test_a_checkpoint_for_another_generator_is_refused(options: RunOptions) -> None:
-    train(replace(options, steps=1), replace(RECIPE, probes=0))
+    train(replace(options, steps=1), replace(RECIPE, probes=Probes(0)))
     _write_sources(options.bundle, seed=1)
     with pytest.raises(InvalidRequest, match="another generator"):
-        train(replace(options, steps=1), replace(RECIPE, probes=0))
-    train(replace(options, steps=1, fresh=True), replace(RECIPE, probes=0))
+        train(replace(options, steps=1), replace(RECIPE, probes=Probes(0)))
+    train(replace(options, steps=1, fresh=True), replace(RECIPE, probes=Probes(0)))
 
 
 def test_the_recipe_needs_a_generator(options: RunOptions, tmp_path: Path) -> None:
@@ -107,9 +106,8 @@ def test_the_metric_finds_what_the_picture_depends_on() -> None:
     def distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return (a - b)[:, :4].square().sum(1)
 
-    recipe = replace(RECIPE, probes=512, metric_floor=0.1)
     latents = to_sphere(torch.randn(64, 16, generator=torch.Generator().manual_seed(0)))
-    metric = picture_metric(latents, Picture(), distance, recipe, seed=0)  # type: ignore[arg-type]
+    metric = picture_metric(latents, Picture(), distance, Probes(512, floor=0.1), seed=0)  # type: ignore[arg-type]
     assert metric is not None
     weights = metric.diagonal()
     # 4 of 16 directions share a mean weight of 1: 0.9 * 4 + 0.1 each; the others get the floor.
@@ -128,3 +126,46 @@ def test_scores_repeat_and_the_closed_form_wins_on_coloured_latents(
     assert score(closed, latents, code) == score(closed, latents, code)
     for snr, left in score(closed, latents, code).items():
         assert left < score(plain, latents, code)[snr]
+
+
+def test_a_turned_start_sends_the_turned_components(generator: torch.Generator) -> None:
+    """Fitted to the same latents, the turn of one code is another: both ends agree with it."""
+    latents = to_sphere(torch.randn(2000, 32, generator=generator) * torch.linspace(2, 0.2, 32))
+    code = LinearCode.fit(latents)
+    looked_at = torch.diag(torch.linspace(0.1, 3.0, 32))
+    turned = LinearCode.fit(latents, looked_at)
+    pair = start(code, turned, ()).requires_grad_(False)
+    direct = Adapters(replace(pair.config, turned=False), turned).requires_grad_(False)
+    w = latents[:8]
+    for snr in (-6.0, 12.0):
+        x = direct.encoder(w, snr)
+        assert torch.allclose(pair.encoder(w, snr), x, atol=1e-3)
+        assert torch.allclose(pair.decoder(x, snr), direct.decoder(x, snr), atol=2e-3)
+    # Without the turn what stays is the closed form that was there before.
+    closed = Adapters(pair.config, code).requires_grad_(False)
+    plain = Adapters(direct.config, code).requires_grad_(False)
+    assert torch.equal(closed.encoder(w, 0.0), plain.encoder(w, 0.0))
+
+
+def test_the_feature_metric_is_what_a_direction_explains(generator: torch.Generator) -> None:
+    """Faces whose features move with two of the latent's directions: the metric sees those."""
+
+    class Seen:
+        """Features that are the picture, as two channels beside a constant one."""
+
+        @staticmethod
+        def features(image: torch.Tensor) -> list[torch.Tensor]:
+            return [torch.cat([image[:, :2], torch.ones_like(image[:, :1])], 1)]
+
+    class Faces:
+        def __init__(self, w: torch.Tensor) -> None:
+            self.w = w
+
+        def batch(self, index: torch.Tensor, mirror: torch.Tensor) -> torch.Tensor:
+            picture = 0.1 * self.w[index][:, :3, None, None]
+            return picture.expand(-1, -1, 4, 4)
+
+    w = torch.randn(4000, 8, generator=generator)
+    metric = feature_metric(w, Faces(w), Seen())  # type: ignore[arg-type]
+    assert metric.diagonal()[:2] == pytest.approx(torch.full((2,), 0.01), rel=0.1)
+    assert float(metric.diagonal()[2:].abs().max()) < 2e-4

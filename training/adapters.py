@@ -1,25 +1,29 @@
-"""Recipe: the SNR adapters A_CE and A_CD, on the latents of training faces.
+"""Recipe: the SNR adapters A_CE and A_CD, on training faces.
 
-    faces --inversion encoder--> w --A_CE--> fading + noise --equaliser--> A_CD --> w_hat
-                                 |                                               |
-                                 |---- latent error, in the code's components ---|
-                                 '---- pixels and features, G(w) and G(w_hat) ---'
+    face --inversion encoder--> w --A_CE--> fading + noise --equaliser--> A_CD --> w_hat --G--> y
+      |                         |                                                   |           |
+      |                         '--------- latent error, in the code's components --'           |
+      '------------------------- perceptual distance, who it is, pixels ------------------------'
 
 1. Latents of a few thousand training faces, and how far the picture moves along each direction.
 2. The closed form: principal components in that metric, water-filled (`LinearCode.fit`).
-3. The residual networks, from there, over random SNR (-10..20 dB) and random fading. Errors are
-   counted relative to what the closed form leaves at that SNR; otherwise the noisiest messages
-   would be all that counts.
+3. The same components turned towards what the perceptual distance sees: the regression of the
+   faces' own features on their latents says how much each direction explains (`feature_metric`).
+4. All that learns, from there, by what the received picture is judged by, at every step, over
+   random SNR (-10..20 dB) and random fading. Latents are nearly Gaussian, so in squared error there
+   is nothing to gain over the closed form. Errors are counted relative to what that leaves;
+   otherwise the noisiest messages would be all that counts.
 
 One pair for the whole range (`adapters`), or with `--per-snr` one per SNR of the paper
-(`adapters_per_snr`). The generator and the inversion encoder come from the bundle, unchanged.
+(`adapters_per_snr`). The generator, the inversion encoder and the predictor come from the bundle,
+unchanged.
 """
 
 import argparse
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,46 +42,47 @@ from shared.adapters import (
 )
 from shared.bundle import Bundle, write_net
 from shared.errors import InvalidRequest
-from shared.stylegan2 import Generator, to_sphere
+from shared.stylegan2 import Generator
 from shared.symbols import Reception, noise_variance_to_snr_db, snr_db_to_noise_variance
-from training.components import draft_spectrum
 from training.data import FaceSet, load_faces
+from training.judging import Distance, Judges, Probes, feature_metric, picture_metric
 from training.run import Run, RunOptions, frozen
-from training.teachers import IDENTITY_FILE, FaceIdentity
 from transmitter.inversion import InversionEncoder
-from transmitter.predictor import Predictor
 
 NAME = "adapters"
 
-Distance = Callable[[Tensor, Tensor], Tensor]
 REPORT_SNRS_DB = (-10.0, *PAPER_SNRS_DB)
 
 
 @dataclass(frozen=True)
 class AdaptersRecipe:
-    """Lengths and rates; about four minutes on two CPU cores.
+    """Lengths, rates and weights.
 
-    probes: renderings with which the metric is measured; 0 for plain mean squared error of w.
-    jitter: standard deviation added to latents: edited ones lie beside those of real faces.
-    pictures: faces rendered at every `picture_steps`-th step.
+    probes: how the closed form's metric is measured, on the first `probed` faces. turned: share of
+    the features in the metric that the components are turned to; 0 leaves them as they are.
+    batch: messages a step, each rendered. judged: one in so many is shown to the recogniser, which
+    costs as much as half a picture. low: the share of messages at -10..4 dB.
+    rate_affine, rate_turn: of the scales and shifts by SNR, and of the turned components.
     """
 
     per_snr: bool = False
-    length: int = 1500
-    batch: int = 256
-    rate: float = 3e-4
-    warm_up: int = 50
-    faces: int = 3072
-    jitter: float = 0.1
-    probes: int = 512
-    probe_noise: float = 0.3
-    metric_floor: float = 0.1
-    draft_share: float = 0.3  # of the metric, where the generator has a draft
-    picture_steps: int = 8
-    pictures: int = 4
-    picture_weight: float = 4.0
-    report_steps: int = 250
-    checkpoint_minutes: float = 1.0
+    length: int = 500
+    batch: int = 8
+    rate: float = 2e-4
+    rate_affine: float = 3e-3
+    rate_turn: float = 2e-5
+    warm_up: int = 20
+    faces: int = 6000
+    probed: int = 3072
+    probes: Probes = field(default_factory=Probes)
+    turned: float = 0.5
+    low: float = 0.7
+    pixel_weight: float = 0.3
+    identity_weight: float = 0.7
+    latent_weight: float = 0.02
+    judged: int = 2
+    report_steps: int = 50
+    checkpoint_minutes: float = 2.0
 
     @property
     def net(self) -> str:
@@ -93,9 +98,10 @@ def train(options: RunOptions, recipe: AdaptersRecipe | None = None) -> None:
     bundle = Bundle.open(options.bundle)
     with Run(recipe.net, options) as run:
         state = run.restore()
-        generator = Generator.from_bundle(bundle).to(run.device)
-        distance = picture_distance(bundle, options.data, run.device)
-        held_out = faces_to_latents(load_faces(options.data, "val"), bundle, run.device, limit=512)
+        generator = Generator.from_bundle(bundle).to(run.device).requires_grad_(False)
+        judges = Judges.of(bundle, options.data, run.device)
+        faces = load_faces(options.data, "train", recipe.faces)
+        held_out = faces_to_latents(load_faces(options.data, "val"), bundle, run.device, limit=256)
         made_for = {net: str(bundle.index["nets"][net]["sha256"]) for net in _SOURCES}
         if state is not None and state["made_for"] != made_for:
             raise InvalidRequest(
@@ -103,23 +109,27 @@ def train(options: RunOptions, recipe: AdaptersRecipe | None = None) -> None:
                 f"{bundle.folder} has; start afresh (--fresh)"
             )
         if state is None:
-            latents = faces_to_latents(
-                load_faces(options.data, "train", recipe.faces), bundle, run.device
+            latents = faces_to_latents(faces, bundle, run.device)
+            metric = picture_metric(
+                latents[: recipe.probed], generator, judges.distance, recipe.probes, options.seed
             )
-            metric = picture_metric(latents, generator, distance, recipe, options.seed)
             code = LinearCode.fit(latents, metric)
+            turned = turned_code(latents, faces, code, judges, recipe.turned)
         else:
             latents, code = state["latents"], LinearCode(**state["code"])
-        classes = PAPER_SNRS_DB if recipe.per_snr else ()
-        adapters = Adapters(AdapterConfig(latents.shape[1], classes_db=classes), code)
-        adapters = adapters.to(run.device)
-        optimizer = torch.optim.AdamW(adapters.parameters(), betas=(0.9, 0.99), weight_decay=1e-4)
+            turned = LinearCode(**state["turned"])
+        adapters = start(code, turned, PAPER_SNRS_DB if recipe.per_snr else ()).to(run.device)
+        optimizer = torch.optim.AdamW(
+            groups(adapters, recipe), betas=(0.9, 0.99), weight_decay=1e-4
+        )
         if state is not None:
             adapters.load_state_dict(state["adapters"])
             optimizer.load_state_dict(state["optimizer"])
+        plain = AdapterConfig(latents.shape[1])
         codes = {
-            "as it is": Adapters(AdapterConfig(latents.shape[1])).to(run.device),
-            "closed form": Adapters(AdapterConfig(latents.shape[1]), code).to(run.device),
+            "as it is": Adapters(plain).to(run.device),
+            "closed form": Adapters(plain, code).to(run.device),
+            "turned": start(code, turned, ()).to(run.device),
             "trained": adapters,
         }
 
@@ -128,6 +138,7 @@ def train(options: RunOptions, recipe: AdaptersRecipe | None = None) -> None:
                 {
                     "latents": latents,
                     "code": vars(code),
+                    "turned": vars(turned),
                     "made_for": made_for,
                     "adapters": adapters.state_dict(),
                     "optimizer": optimizer.state_dict(),
@@ -146,10 +157,10 @@ def train(options: RunOptions, recipe: AdaptersRecipe | None = None) -> None:
 
         while run.step < recipe.length and not run.stopping:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(recipe, run.step)
+                group["lr"] = group["rate"] * schedule(recipe, run.step)
             # Seeded by the step, so that a resumed run draws what an unbroken one would have.
             draws = torch.Generator().manual_seed(options.seed * 1_000_003 + run.step)
-            loss = step_loss(adapters, code, latents, generator, distance, recipe, run.step, draws)
+            loss = step_loss(adapters, code, latents, faces, generator, judges, recipe, draws)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(adapters.parameters(), 1.0)
@@ -166,7 +177,7 @@ def train(options: RunOptions, recipe: AdaptersRecipe | None = None) -> None:
                 ship()
         save()
         ship()
-        print(table(codes, held_out, code, generator, distance), flush=True)
+        print(table(codes, held_out, code, generator, judges.distance), flush=True)
 
 
 def train_per_snr(options: RunOptions) -> None:
@@ -177,10 +188,23 @@ def train_per_snr(options: RunOptions) -> None:
 _SOURCES = ("generator", "inversion")
 
 
-def learning_rate(recipe: AdaptersRecipe, step: int) -> float:
-    """Warm-up, then a cosine to zero at the end of the recipe."""
+def schedule(recipe: AdaptersRecipe, step: int) -> float:
+    """Share of the rates: a warm-up, then a cosine to zero at the end of the recipe."""
     warm = min(1.0, (step + 1) / recipe.warm_up)
-    return recipe.rate * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, step / recipe.length)))
+    return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, step / recipe.length)))
+
+
+def groups(adapters: Adapters, recipe: AdaptersRecipe) -> list[dict[str, Any]]:
+    """The parameters by their `rate`: a scale is learned from fewer pictures than a matrix."""
+    rates: dict[float, list[Tensor]] = {}
+    for name, parameter in adapters.named_parameters():
+        rate = recipe.rate
+        if name.endswith("affine.weight"):
+            rate = recipe.rate_affine
+        elif name.endswith("turn"):
+            rate = recipe.rate_turn
+        rates.setdefault(rate, []).append(parameter)
+    return [{"params": some, "rate": rate} for rate, some in rates.items()]
 
 
 @torch.no_grad()
@@ -198,63 +222,37 @@ def faces_to_latents(
     return torch.cat(parts)  # [N, k]
 
 
-def picture_distance(bundle: Bundle, data: Path, device: torch.device) -> Distance:
-    """d(a, b) [B]: 4 x mean squared error, the bundle's perceptual distance if it has one, and
-    1 - cosine of who it is where the data folder has a recogniser."""
-    predictor = Predictor.from_bundle(bundle).to(device) if bundle.has("predictor") else None
-    recogniser = FaceIdentity(data, device) if (data / "nets" / IDENTITY_FILE).is_file() else None
+def turned_code(
+    latents: Tensor, faces: FaceSet, code: LinearCode, judges: Judges, share: float
+) -> LinearCode:
+    """The components that matter to `share` of the features' metric and the rest of `code`'s own;
+    each is counted by the variance that it sees in the latents."""
+    if share == 0 or judges.predictor is None:
+        return code
+    data = latents.double()
+    covariance = (data - data.mean(0)).T @ (data - data.mean(0)) / (len(data) - 1)
+    own = (code.analysis.T @ code.analysis).double()
+    features = feature_metric(latents, faces, judges.predictor).double()
+    mixed = (1 - share) * own / (own * covariance).sum()
+    mixed = mixed + share * features / (features * covariance).sum().clamp_min(1e-30)
+    scale, axes = torch.linalg.eigh(mixed)
+    floor = 2e-3 * scale.clamp_min(0).mean()
+    return LinearCode.fit(latents, axes * scale.clamp_min(floor) @ axes.T)
 
-    def distance(a: Tensor, b: Tensor) -> Tensor:
-        result = 4 * (a - b).square().mean((1, 2, 3))
-        if predictor is not None:
-            result = result + predictor.perceptual(a, b)
-        if recogniser is not None:
-            result = result + 1 - (recogniser(a) * recogniser(b)).sum(1)
-        return result
 
-    return distance
-
-
-def picture_metric(
-    latents: Tensor,
-    generator: Generator,
-    distance: Distance,
-    recipe: AdaptersRecipe,
-    seed: int,
-    batch: int = 16,
-) -> Tensor | None:
-    """M [k, k] with d(G(w), G(w + e)) ~ e^T M e for channel noise e; None without probes.
-
-    The gradient of d at w + e is g = 2 M e, and e is white, so M ~ (E[g g^T])^(1/2): the root is
-    positive definite by construction and no second derivative is needed. `metric_floor` of what is
-    known without probes is mixed in: how far the generator's draft moves, which a few hundred
-    probes would tell less surely, or the identity where there is no draft.
-    """
-    if recipe.probes == 0:
-        return None
-    draws = torch.Generator().manual_seed(seed)
-    gradients = []
-    for _ in range(math.ceil(recipe.probes / batch)):
-        index = torch.randint(len(latents), (batch,), generator=draws)
-        noise = recipe.probe_noise * torch.randn(batch, latents.shape[1], generator=draws)
-        clean = latents[index]
-        moved = (clean + noise.to(clean.device)).requires_grad_(True)
-        with torch.no_grad():
-            target = generator.synthesis(clean)
-        error = distance(generator.synthesis(moved), target).sum()
-        gradients.append(torch.autograd.grad(error, moved)[0])
-    g = torch.cat(gradients).double()  # [probes, k]
-    scale, axes = torch.linalg.eigh(g.T @ g)
-    metric = axes * scale.clamp_min(0).sqrt() @ axes.T
-    known = torch.eye(len(metric), dtype=metric.dtype, device=metric.device)
-    share = recipe.metric_floor
-    if isinstance(generator, Generator) and generator.synthesis.draft is not None:
-        spectrum = draft_spectrum(generator, None).double()
-        known = 0.05 * known + 0.95 * torch.diag(spectrum / spectrum.mean())
-        share = recipe.draft_share
-    mean = metric.diagonal().mean().clamp_min(1e-30)
-    mixed: Tensor = (1 - share) * metric / mean + share * known
-    return mixed
+def start(code: LinearCode, turned: LinearCode, classes_db: tuple[float, ...]) -> Adapters:
+    """Adapters that send the components of `turned`, written as a turn of those of `code`."""
+    config = AdapterConfig(len(code.mean), classes_db=classes_db, turned=True)
+    adapters = Adapters(config, code)
+    white = code.synthesis.double() * code.spectrum.double().sqrt()  # white components to latents
+    turn = (turned.analysis.double() / turned.spectrum.double().sqrt().unsqueeze(1)) @ white
+    with torch.no_grad():
+        adapters.encoder.turn.copy_(turn)
+        # Of the same latents both are white, so the turn is a rotation and this its inverse.
+        adapters.decoder.turn.copy_(torch.linalg.inv(turn).T)
+        for end in (adapters.encoder, adapters.decoder):
+            end.weights.copy_(turned.spectrum)
+    return adapters
 
 
 def random_channel(draws: torch.Generator) -> Channel:
@@ -286,37 +284,44 @@ def decode(decoder: ChannelDecoder, reception: Reception) -> Tensor:
     return w_hat
 
 
+def draw_snrs_db(recipe: AdaptersRecipe, draws: torch.Generator) -> Tensor:
+    """SNRs [B] of a step's messages: those of the paper, or -10..20 dB, the low ones more often."""
+    if recipe.per_snr:
+        choice = torch.randint(len(PAPER_SNRS_DB), (recipe.batch,), generator=draws)
+        return torch.tensor(PAPER_SNRS_DB)[choice]
+    where = torch.rand(recipe.batch, generator=draws)
+    low = torch.rand(recipe.batch, generator=draws) < recipe.low
+    return torch.where(low, -10 + 14 * where, 4 + 16 * where)
+
+
 def step_loss(
     adapters: Adapters,
     code: LinearCode,
     latents: Tensor,
+    faces: FaceSet,
     generator: Generator,
-    distance: Distance,
+    judges: Judges,
     recipe: AdaptersRecipe,
-    step: int,
     draws: torch.Generator,
 ) -> Tensor:
-    """Latent error over what the closed form leaves, plus the picture's at every few steps."""
-    device, size = latents.device, latents.shape[1]
+    """What the received pictures are judged by, over what the closed form leaves at their SNR."""
+    device = latents.device
     index = torch.randint(len(latents), (recipe.batch,), generator=draws)
-    noise = recipe.jitter * torch.randn(recipe.batch, size, generator=draws)
-    w = to_sphere(latents[index] + noise.to(device))
-    if recipe.per_snr:
-        choice = torch.randint(len(PAPER_SNRS_DB), (recipe.batch,), generator=draws)
-        snr_db = torch.tensor(PAPER_SNRS_DB)[choice].to(device)
-    else:
-        snr_db = (-10 + 30 * torch.rand(recipe.batch, generator=draws)).to(device)
-    channel = random_channel(draws)
-    w_hat = across(adapters, w, snr_db, channel, draws)
-    # Relative to the closed form; at least .1 %, below which no picture changes.
-    left = code.distortion(snr_db_to_noise_variance(snr_db)).clamp_min(1e-3)  # [B]
-    loss = (component_error(w_hat - w, code) / left).mean()
-    if recipe.picture_weight > 0 and step % recipe.picture_steps == 0:
-        some = slice(0, recipe.pictures)
-        with torch.no_grad():
-            target = generator.synthesis(w[some])
-        error = distance(generator.synthesis(w_hat[some]), target)
-        loss = loss + recipe.picture_weight * error.mean()
+    w = latents[index]
+    face = faces.batch(index, mirror=index % 2 == 1).to(device)
+    snr_db = draw_snrs_db(recipe, draws).to(device)
+    w_hat = across(adapters, w, snr_db, random_channel(draws), draws)
+    left = code.distortion(snr_db_to_noise_variance(snr_db))  # [B]
+    with torch.autocast(device.type, torch.bfloat16):
+        picture = generator.synthesis(w_hat).float().clamp(-1, 1)
+        seen = judges.perceptual(picture, face)
+    wrong = seen + recipe.pixel_weight * (picture - face).square().mean((1, 2, 3))
+    # Inversion loses something too, so what is judged does not fall to zero with the latent error.
+    loss: Tensor = (wrong / (0.2 + left)).mean()
+    loss = loss + recipe.latent_weight * (component_error(w_hat - w, code) / (0.2 + left)).mean()
+    if recipe.identity_weight > 0:
+        some = slice(0, max(1, recipe.batch // recipe.judged))
+        loss = loss + recipe.identity_weight * judges.stranger(picture[some], face[some]).mean()
     return loss
 
 
