@@ -31,6 +31,7 @@ NETWORK_FILES = {
     "shared/rpc.py",
     "shared/transport.py",
     "gateway/link.py",
+    "evaluation/bench_service.py",
 }
 PROTOBUF_FILES = NETWORK_FILES | {"shared/wire.py"}
 BANNED_NAMES = {"utils.py", "util.py", "helpers.py", "helper.py", "misc.py", "common.py"}
