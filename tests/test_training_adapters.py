@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +15,10 @@ from shared.errors import BundleError, InvalidRequest
 from shared.stylegan2 import Generator, GeneratorConfig, to_sphere
 from training.adapters import AdaptersRecipe, score, start, train
 from training.data import make_fake_data
-from training.judging import Probes, feature_metric, picture_metric
+from training.judging import Judges, Probes, picture_metric, seen_metric
 from training.run import RunOptions
 from transmitter.inversion import InversionConfig, InversionEncoder
+from transmitter.predictor import Predictor
 
 SIZE, LATENT = 32, 64
 RECIPE = AdaptersRecipe(length=4, batch=4, probes=Probes(16), warm_up=1, report_steps=2)
@@ -147,25 +149,37 @@ def test_a_turned_start_sends_the_turned_components(generator: torch.Generator) 
     assert torch.equal(closed.encoder(w, 0.0), plain.encoder(w, 0.0))
 
 
-def test_the_feature_metric_is_what_a_direction_explains(generator: torch.Generator) -> None:
-    """Faces whose features move with two of the latent's directions: the metric sees those."""
+class Mirrorless:
+    """Faces whose pictures are three of the latent's numbers, mirrored or not."""
 
-    class Seen:
-        """Features that are the picture, as two channels beside a constant one."""
+    def __init__(self, w: torch.Tensor) -> None:
+        self.w = w
 
-        @staticmethod
-        def features(image: torch.Tensor) -> list[torch.Tensor]:
-            return [torch.cat([image[:, :2], torch.ones_like(image[:, :1])], 1)]
+    def batch(self, index: torch.Tensor, mirror: torch.Tensor) -> torch.Tensor:
+        picture = 0.1 * self.w[index][:, :3, None, None]
+        return picture.expand(-1, -1, 4, 4)
 
-    class Faces:
-        def __init__(self, w: torch.Tensor) -> None:
-            self.w = w
 
-        def batch(self, index: torch.Tensor, mirror: torch.Tensor) -> torch.Tensor:
-            picture = 0.1 * self.w[index][:, :3, None, None]
-            return picture.expand(-1, -1, 4, 4)
-
+def test_the_metric_is_what_a_direction_explains(generator: torch.Generator) -> None:
+    """What is seen moves with two of the latent's directions: the metric sees those."""
     w = torch.randn(4000, 8, generator=generator)
-    metric = feature_metric(w, Faces(w), Seen())  # type: ignore[arg-type]
+    faces: Any = Mirrorless(w)
+    metric = seen_metric(w, faces, lambda face: [face[:, :2].flatten(1) / 4])
+    assert metric is not None
     assert metric.diagonal()[:2] == pytest.approx(torch.full((2,), 0.01), rel=0.1)
     assert float(metric.diagonal()[2:].abs().max()) < 2e-4
+    assert float(torch.linalg.eigvalsh(metric).min()) > -1e-9  # no direction is worth less than 0
+    assert seen_metric(w, faces, lambda face: []) is None
+
+
+def test_rows_of_the_features_have_the_perceptual_distance(bundle_folder: Path) -> None:
+    """Squared differences of what the regression is fitted to are the distance that is judged."""
+    predictor = Predictor.from_bundle(Bundle.open(bundle_folder))
+    judges = Judges(predictor, None)
+    a, b = torch.rand(2, 2, 3, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    with torch.no_grad():
+        rows = zip(judges.features(a), judges.features(b), strict=True)
+        found = sum((x - y).square().sum(1) for x, y in rows)
+        wanted = predictor.perceptual(a, b)
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
+    assert judges.person(a) == []

@@ -7,8 +7,9 @@
 
 1. Latents of a few thousand training faces, and how far the picture moves along each direction.
 2. The closed form: principal components in that metric, water-filled (`LinearCode.fit`).
-3. The same components turned towards what the perceptual distance sees: the regression of the
-   faces' own features on their latents says how much each direction explains (`feature_metric`).
+3. The same components turned towards what the perceptual distance and the recogniser see: the
+   regression of the faces' own features on their latents says how much each direction explains
+   (`seen_metric`).
 4. All that learns, from there, by what the received picture is judged by, at every step, over
    random SNR (-10..20 dB) and random fading. Latents are nearly Gaussian, so in squared error there
    is nothing to gain over the closed form. Errors are counted relative to what that leaves;
@@ -45,7 +46,7 @@ from shared.errors import InvalidRequest
 from shared.stylegan2 import Generator
 from shared.symbols import Reception, noise_variance_to_snr_db, snr_db_to_noise_variance
 from training.data import FaceSet, load_faces
-from training.judging import Distance, Judges, Probes, feature_metric, picture_metric
+from training.judging import Distance, Judges, Probes, picture_metric, seen_metric
 from training.run import Run, RunOptions, frozen
 from transmitter.inversion import InversionEncoder
 
@@ -58,8 +59,9 @@ REPORT_SNRS_DB = (-10.0, *PAPER_SNRS_DB)
 class AdaptersRecipe:
     """Lengths, rates and weights.
 
-    probes: how the closed form's metric is measured, on the first `probed` faces. turned: share of
-    the features in the metric that the components are turned to; 0 leaves them as they are.
+    probes: how the closed form's metric is measured, on the first `probed` faces. turned,
+    person: shares of the features and of who it is in the metric that the components are turned
+    to; with neither they stay as they are.
     batch: messages a step, each rendered. judged: one in so many is shown to the recogniser, which
     costs as much as half a picture. low: the share of messages at -10..4 dB.
     rate_affine, rate_turn: of the scales and shifts by SNR, and of the turned components.
@@ -75,7 +77,8 @@ class AdaptersRecipe:
     faces: int = 6000
     probed: int = 3072
     probes: Probes = field(default_factory=Probes)
-    turned: float = 0.5
+    turned: float = 0.4
+    person: float = 0.4
     low: float = 0.7
     pixel_weight: float = 0.3
     identity_weight: float = 0.7
@@ -114,7 +117,7 @@ def train(options: RunOptions, recipe: AdaptersRecipe | None = None) -> None:
                 latents[: recipe.probed], generator, judges.distance, recipe.probes, options.seed
             )
             code = LinearCode.fit(latents, metric)
-            turned = turned_code(latents, faces, code, judges, recipe.turned)
+            turned = turned_code(latents, faces, code, judges, recipe)
         else:
             latents, code = state["latents"], LinearCode(**state["code"])
             turned = LinearCode(**state["turned"])
@@ -223,18 +226,24 @@ def faces_to_latents(
 
 
 def turned_code(
-    latents: Tensor, faces: FaceSet, code: LinearCode, judges: Judges, share: float
+    latents: Tensor, faces: FaceSet, code: LinearCode, judges: Judges, recipe: AdaptersRecipe
 ) -> LinearCode:
-    """The components that matter to `share` of the features' metric and the rest of `code`'s own;
-    each is counted by the variance that it sees in the latents."""
-    if share == 0 or judges.predictor is None:
+    """The components that matter to the features and to who it is, in the recipe's shares, and for
+    the rest of it to `code`'s own metric; each is counted by the variance that it sees in the
+    latents."""
+    wanted = (
+        (recipe.turned, seen_metric(latents, faces, judges.features) if recipe.turned else None),
+        (recipe.person, seen_metric(latents, faces, judges.person) if recipe.person else None),
+    )
+    parts = [(share, metric.double()) for share, metric in wanted if metric is not None]
+    if not parts:
         return code
     data = latents.double()
     covariance = (data - data.mean(0)).T @ (data - data.mean(0)) / (len(data) - 1)
     own = (code.analysis.T @ code.analysis).double()
-    features = feature_metric(latents, faces, judges.predictor).double()
-    mixed = (1 - share) * own / (own * covariance).sum()
-    mixed = mixed + share * features / (features * covariance).sum().clamp_min(1e-30)
+    mixed = (1 - sum(share for share, _ in parts)) * own / (own * covariance).sum()
+    for share, metric in parts:
+        mixed = mixed + share * metric / (metric * covariance).sum().clamp_min(1e-30)
     scale, axes = torch.linalg.eigh(mixed)
     floor = 2e-3 * scale.clamp_min(0).mean()
     return LinearCode.fit(latents, axes * scale.clamp_min(floor) @ axes.T)

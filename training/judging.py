@@ -1,7 +1,7 @@
 """How much a picture changes with its latent, as its judges see it: what the adapters minimise.
 
 picture_metric   small errors, from gradients of the judges' distance through the generator
-feature_metric   what a direction of the latent says of a face at all, by regression
+seen_metric      what a direction of the latent says of a face at all, by regression
 """
 
 import math
@@ -47,6 +47,22 @@ class Judges:
         with torch.no_grad():
             who = self.recogniser(b)
         return 1 - (self.recogniser(a) * who).sum(1)
+
+    def features(self, face: Tensor) -> list[Tensor]:
+        """What the perceptual distance sees: rows [B, D] whose squared differences sum to it."""
+        if self.predictor is None:
+            return []
+        rows = []
+        stages = self.predictor.features(face)
+        for stage in stages:
+            seen = stage.float()
+            seen = seen * torch.rsqrt(seen.square().sum(1, keepdim=True) + 1e-6)
+            rows.append(seen.flatten(1) / math.sqrt(len(stages) * seen[0, 0].numel()))
+        return rows
+
+    def person(self, face: Tensor) -> list[Tensor]:
+        """The same for who it is: of unit vectors, 1 - cosine is half the squared difference."""
+        return [] if self.recogniser is None else [self.recogniser(face).float() / math.sqrt(2)]
 
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
         """What the closed form minimises: [B], 4 x mean squared error and both of the above."""
@@ -112,15 +128,15 @@ def picture_metric(
 
 
 @torch.no_grad()
-def feature_metric(
-    latents: Tensor, faces: FaceSet, predictor: Predictor, batch: int = 64
-) -> Tensor:
-    """M [k, k] = J^T J, J the regression of the predictor's unit features on the latents.
+def seen_metric(
+    latents: Tensor, faces: FaceSet, see: Callable[[Tensor], list[Tensor]], batch: int = 64
+) -> Tensor | None:
+    """M [k, k] = J^T J, J the regression on the latents of what `see` gives of a face.
 
-    So e^T M e is the perceptual distance that knowing a latent to within e costs, as far as it is
-    linear over the whole spread of faces: what is decided about a direction at low SNR is not a
-    small step. Every face tells all features' slopes, a gradient tells one number's. What N faces
-    too few add to J^T J, the unexplained variance times C^-1 / N, is taken off again.
+    So e^T M e is the distance that knowing a latent to within e costs, as far as it is linear over
+    the whole spread of faces: what is decided about a direction at low SNR is not a small step.
+    Every face tells all slopes, a gradient tells one number's. What N faces too few add to J^T J,
+    the unexplained variance times C^-1 / N, is taken off again. None where `see` gives nothing.
     """
     centred = (latents - latents.mean(0)).cpu()
     count, k = centred.shape
@@ -129,23 +145,22 @@ def feature_metric(
     power = 0.0
     for part in torch.arange(count).split(batch):
         face = faces.batch(part, mirror=part % 2 == 1).to(latents.device)
-        stages = predictor.features(face)
-        for number, stage in enumerate(stages):
-            seen = stage.float()
-            seen = seen * torch.rsqrt(seen.square().sum(1, keepdim=True) + 1e-6)
-            weight = 1 / math.sqrt(len(stages) * seen[0, 0].numel())
-            flat = seen.flatten(1).cpu() * weight  # [b, D]
+        for number, rows in enumerate(see(face)):
+            flat = rows.cpu()  # [b, D]
             if len(crossed) == number:
                 crossed.append(torch.zeros(flat.shape[1], k))
                 sums.append(torch.zeros(flat.shape[1]))
             crossed[number].addmm_(flat.T, centred[part])
             sums[number] += flat.sum(0)
             power += float(flat.square().sum())
+    if not crossed:
+        return None
     variance = power / count - sum(float((s / count).square().sum()) for s in sums)
     covariance = (centred.T @ centred / count).double()
     inverse = torch.linalg.inv(covariance + 1e-6 * covariance.diagonal().mean() * torch.eye(k))
     product = sum((c.T @ c).double() for c in crossed) / count**2  # C_wf C_fw
     metric = inverse @ product @ inverse
     unexplained = max(0.0, variance - float((metric * covariance).sum()))
-    unbiased: Tensor = metric - unexplained / max(count - k, 1) * inverse
-    return unbiased.to(latents.device)
+    scale, axes = torch.linalg.eigh(metric - unexplained / max(count - k, 1) * inverse)
+    positive: Tensor = axes * scale.clamp_min(0) @ axes.T
+    return positive.to(latents.device)
