@@ -373,7 +373,7 @@ def finding(finder: FaceFinder, folder: Path, empty: int = 200) -> Iterator[Bar]
     found = torch.zeros(len(names))
     found[: len(errors)] = 1
     yield Bar("faces_found", "photographs: the face is found", figure(found), 0.995, unit="%")
-    why = "" if errors else "no face found"
+    why = "to one look of the labelling detector" if errors else "no face found"
     yield Bar(
         "landmark_error",
         "photographs: landmark error, of the eye distance",
