@@ -59,14 +59,14 @@ NAME = "fields"
 
 @dataclass(frozen=True)
 class FieldsRecipe:
-    """Lengths, rates, weights of the losses. About 7 minutes on one CPU core, after the coach's 4.
+    """Lengths, rates, weights of the losses. About 14 minutes on one CPU core, after the coach's 4.
 
     walks: of each attribute in a batch; the hardest ones get most. bias_rate: of the last layer's
     bias, in its own units (its numbers are about 1); learning_rate: of all else. age_identity: how
     much of the identity loss counts for age, which is part of who one is.
     """
 
-    length: int = 140
+    length: int = 280
     depth: int = 8
     walks: tuple[int, ...] = (3, 3, 2, 2, 1)
     codes: int = 600
@@ -81,7 +81,7 @@ class FieldsRecipe:
     largest_turn: float = 0.8
     lowest_snr_db: float = 9.0
     highest_snr_db: float = 18.0
-    identity_weight: float = 6.0
+    identity_weight: float = 8.0
     age_identity: float = 0.1
     others_weight: float = 0.5
     natural_faces: int = 3000
