@@ -43,6 +43,8 @@ def _workers(threads: int) -> ThreadPoolExecutor:
     """A thread per core, each of which computes by itself."""
 
     def alone() -> None:
+        # A thread takes the number set last by anybody when it first asks for it: so it asks now.
+        torch.get_num_threads()
         torch.set_num_threads(1)
 
     return ThreadPoolExecutor(threads, thread_name_prefix="share", initializer=alone)

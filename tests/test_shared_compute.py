@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from shared.batching import Operation
-from shared.compute import SMALLEST_SHARE, in_shares
+from shared.compute import SMALLEST_SHARE, _workers, in_shares
 
 CPU = torch.device("cpu")
 
@@ -52,6 +52,15 @@ def test_a_share_has_a_thread_of_its_own() -> None:
     in_shares(Operation("square", seen, most=8), CPU)([1, 2, 3, 4, 5])
     assert sorted((size, threads) for size, threads, _ in seen.passes) == [(2, 1), (3, 1)]
     assert torch.get_num_threads() == 2  # whoever asked computes on with all of them
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_share_stays_alone_when_others_are_told_more() -> None:
+    _workers.cache_clear()
+    pool = _workers(1)
+    pool.submit(lambda: None).result()  # it has started, and not yet computed
+    torch.set_num_threads(2)
+    assert pool.submit(torch.get_num_threads).result() == 1
 
 
 @pytest.mark.usefixtures("two_threads")
