@@ -168,8 +168,7 @@ class UnmatchedEditor(RememberingEditor):
             return w, None
         nets, index = self.transmitter, edit.attribute.index
         with watch("edit"), torch.no_grad():
-            rendered = nets.generator.synthesis(w).clamp(-1, 1)
-            scores = nets.predictor.steady_scores(rendered)
+            scores = nets.seen(w)
             before = nets.predictor.score_degrees(scores)[0]
             expected = edit.expected(int(before[index]))
             steps = 0

@@ -88,8 +88,7 @@ def edit_faces(
         who = embed(face)
         same_plain = float((embed(plain) * who).sum())
         guide = transmitter.predictor
-        rendered = transmitter.generator.synthesis(w).clamp(-1, 1)
-        before = guide.score_degrees(guide.steady_scores(rendered))[0]
+        before = guide.score_degrees(transmitter.seen(w))[0]
         for edit in possible_edits(before):
             found = match(
                 w,

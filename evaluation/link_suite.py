@@ -147,10 +147,7 @@ def run(
 
 def _possible(transmitter: Transmitter, w: Tensor, change: int) -> Iterator[Edit]:
     """Edits by +-change of every attribute that is not at that end already."""
-    with torch.no_grad():
-        rendered = transmitter.generator.synthesis(w).clamp(-1, 1)
-        scores = transmitter.predictor.steady_scores(rendered)
-        before = transmitter.predictor.score_degrees(scores)[0]
+    before = transmitter.predictor.score_degrees(transmitter.seen(w))[0]
     for attribute in ATTRIBUTES:
         degree = int(before[attribute.index])
         if degree < MAX_DEGREE:

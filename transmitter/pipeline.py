@@ -229,6 +229,11 @@ class Transmitter:
             timings_ms=watch.timings_ms(),
         )
 
+    def seen(self, w: Tensor) -> Tensor:
+        """Scores [1, 5] of the picture that a latent [1, 512] draws, as matching takes them."""
+        (look,) = self._matching.look([w])
+        return look.scores[None]
+
     def arrival(self, snr_db: float) -> Arrival:
         """How latents arrive on average at this SNR."""
         return arrival_of(self.channel_encoder, self.channel_decoder, snr_db)
