@@ -15,7 +15,7 @@ from shared.symbols import average_power, to_real
 from shared.telemetry import Metrics
 from shared.worker import Worker
 from transmitter.editing import Quality
-from transmitter.pipeline import Transmission, Transmitter
+from transmitter.pipeline import INVERSION_STEPS, Transmission, Transmitter
 
 
 @pytest.fixture(scope="module")
@@ -127,9 +127,15 @@ EDITED = "make the smile bigger"
 
 
 def test_in_company_a_request_gets_what_it_gets_alone(
-    transmitter: Transmitter, photo: bytes
+    transmitter: Transmitter, photo: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All qualities and sentences at once, which end at different steps, through one worker."""
+    """All qualities and sentences at once, which end at different steps, through one worker.
+
+    `paper` takes fewer steps here than its 110: a pass of three rounds otherwise than a pass of
+    one, and from some fortieth step on a kink of the network (a leaky ReLU that falls on the other
+    side) can make thousandths of that millionth, as it does of a millionth on the photo.
+    """
+    monkeypatch.setitem(INVERSION_STEPS, "paper", 25)
     orders: list[tuple[str, Quality, float]] = [
         ("-", "fast", 6.0),
         (EDITED, "fast", 0.0),
@@ -153,8 +159,8 @@ def test_in_company_a_request_gets_what_it_gets_alone(
     finally:
         worker.stop(5.0)
     for mine, other in zip(separate, together, strict=True):
-        torch.testing.assert_close(other.symbols, mine.symbols, atol=1e-3, rtol=1e-3)
-        torch.testing.assert_close(other.sent, mine.sent, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(other.symbols, mine.symbols, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(other.sent, mine.sent, atol=1e-4, rtol=1e-4)
         fields = ("edit", "before", "expected", "after", "reached", "match_steps", "faces_found")
         for name in fields:
             assert getattr(other, name) == getattr(mine, name), name
