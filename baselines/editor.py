@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from shared.attributes import Edit
+from shared.batching import alone
 from shared.bundle import Bundle
 from shared.errors import Cancelled, InvalidRequest
-from transmitter.editing import Quality, match
-from transmitter.inversion import invert
+from transmitter.editing import Quality, matching
+from transmitter.inversion import inverting
 from transmitter.pipeline import INVERSION_STEPS, Transmitter
 
 Progress = Callable[[str, float], None]
@@ -76,9 +77,14 @@ class Editor:
         self.transmitter = transmitter
 
     @classmethod
-    def from_bundle(cls, bundle: Bundle, device: torch.device | str = "cpu") -> "Editor":
+    def from_bundle(
+        cls,
+        bundle: Bundle,
+        device: torch.device | str = "cpu",
+        precision: torch.dtype = torch.float32,
+    ) -> "Editor":
         """The bundle's nets. Raises BundleError where one is missing or broken."""
-        return cls(Transmitter.from_bundle(bundle, device))
+        return cls(Transmitter.from_bundle(bundle, device, precision))
 
     @property
     def image_size(self) -> int:
@@ -97,13 +103,9 @@ class Editor:
         """The latent w [1, 512] of the face [1, 3, S, S] as it is; stage invert."""
         nets = self.transmitter
         with watch("invert"):
-            return invert(
-                face.to(nets.device),
-                nets.encoder,
-                nets.generator,
-                nets.predictor,
-                self.inversion_steps(quality),
-                cancelled=watch.cancelled,
+            steps = self.inversion_steps(quality)
+            return alone(
+                inverting(face.to(nets.device), nets.inversion, steps, cancelled=watch.cancelled)
             )
 
     def latent(
@@ -124,16 +126,16 @@ class Editor:
         if edit is None:
             return w, None
         with watch("edit"):
-            found = match(
-                w,
-                edit,
-                generator=nets.generator,
-                fields=nets.fields,
-                predictor=nets.predictor,
-                arrival=None if snr_db is None else nets.arrival(snr_db),
-                limits=quality,
-                cancelled=watch.cancelled,
-                progress=watch.within("edit"),
+            found = alone(
+                matching(
+                    w,
+                    edit,
+                    nets.matching,
+                    arrival=None if snr_db is None else nets.arrival(snr_db),
+                    limits=quality,
+                    cancelled=watch.cancelled,
+                    progress=watch.within("edit"),
+                )
             )
         return found.w, Degrees(
             after=_plain(found.after),
@@ -143,12 +145,10 @@ class Editor:
             match_steps=found.steps,
         )
 
-    @torch.no_grad()
     def draw(self, w: Tensor, watch: Watch | None = None) -> Tensor:
         """w [1, 512] -> the generator's picture [1, 3, S, S] in [-1, 1]; stage draw."""
         with (watch or Watch())("draw"):
-            image: Tensor = self.transmitter.generator.synthesis(w).float().clamp(-1, 1)
-        return image.cpu()
+            return self.transmitter.draw(w)
 
     @torch.no_grad()
     def degrees(self, image: Tensor) -> tuple[int, ...]:

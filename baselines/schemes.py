@@ -352,9 +352,14 @@ class Schemes(Mapping[str, BaseScheme]):
         self._deepsc: Deepsc | None = None
 
     @classmethod
-    def from_bundle(cls, bundle: Bundle, device: torch.device | str = "cpu") -> "Schemes":
+    def from_bundle(
+        cls,
+        bundle: Bundle,
+        device: torch.device | str = "cpu",
+        precision: torch.dtype = torch.float32,
+    ) -> "Schemes":
         """Load the transmitter's nets, which every scheme edits with."""
-        return cls(Editor.from_bundle(bundle, device), bundle)
+        return cls(Editor.from_bundle(bundle, device, precision), bundle)
 
     def __getitem__(self, name: str) -> BaseScheme:
         scheme = Scheme.parse(name)

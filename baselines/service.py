@@ -20,7 +20,7 @@ from baselines.pipeline import transmit
 from baselines.schemes import BaseScheme, Schemes
 from shared.batching import Steps
 from shared.bundle import Bundle
-from shared.compute import prepare
+from shared.compute import precision_of, prepare
 from shared.errors import BundleError, EdscError, InvalidRequest, Unavailable
 from shared.images import encode_png
 from shared.pb import edsc_pb2, edsc_pb2_grpc
@@ -172,9 +172,11 @@ def describe(schemes: Schemes) -> list[edsc_pb2.SchemeDescription]:
     return found
 
 
-def load_baselines(bundle: Bundle, device: torch.device) -> Baselines:
+def load_baselines(
+    bundle: Bundle, device: torch.device, precision: torch.dtype = torch.float32
+) -> Baselines:
     """Load what there is, and run every kind of carrier once: the first run is slower."""
-    schemes = Schemes.from_bundle(bundle, device)
+    schemes = Schemes.from_bundle(bundle, device, precision)
     transmitter = schemes.editor.transmitter
     descriptions = describe(schemes)
     size = transmitter.image_size
@@ -213,7 +215,8 @@ def register(server: Server) -> Callable[[], None]:
 
     def load() -> None:
         device = prepare(settings.device, settings.threads)
-        loaded = load_baselines(Bundle.open(settings.weights), device)
+        precision = precision_of(settings.precision, device)
+        loaded = load_baselines(Bundle.open(settings.weights), device, precision)
         baselines.put(loaded)
         model.put(loaded)
 

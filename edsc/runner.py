@@ -53,25 +53,29 @@ class Runner(Protocol):
 class InProcess:
     """The pipelines of a bundle, in this process.
 
-    bundle: its folder, None for the shipped one. device: a torch device, or "auto".
+    bundle: its folder, None for the shipped one. device: a torch device, or "auto". It multiplies
+    in the precision that the services would take (EDSC_PRECISION).
     """
 
     def __init__(self, bundle: Path | None = None, device: str = "cpu") -> None:
         from receiver.pipeline import Receiver
         from shared.bundle import Bundle
-        from shared.compute import prepare
+        from shared.compute import precision_of, prepare
+        from shared.settings import Settings
         from transmitter.pipeline import Transmitter
 
         opened = Bundle.open(bundle)
         self._digest = opened.digest
         place = prepare(device, 0)
-        self._transmitter = Transmitter.from_bundle(opened, place)
-        self._receiver = Receiver.from_bundle(opened, place)
+        precision = precision_of(Settings().precision, place)
+        self._transmitter = Transmitter.from_bundle(opened, place, precision)
+        self._receiver = Receiver.from_bundle(opened, place, precision=precision)
         self._bundle = opened
         self._schemes: Schemes | None = None  # made when a baseline is first asked for
 
     def edit(self, edit_id: str, photo: bytes, order: Order) -> StoredEdit:
-        """One edit. Same order and seed: the samples and pictures of the four processes."""
+        """One edit. Same order and seed: the samples and pictures of the four processes (of as many
+        threads each: bfloat16 shows how a sum was split, by a grey level)."""
         import torch
 
         from channel_sim.channel import Channel, ChannelConfig

@@ -14,6 +14,7 @@ from torch import Tensor
 from receiver.equaliser import Method, equalise
 from shared.adapters import ChannelDecoder
 from shared.bundle import Bundle
+from shared.compute import multiplying_in
 from shared.stylegan2 import Generator
 from shared.symbols import Reception, noise_variance_to_snr_db
 
@@ -27,21 +28,32 @@ class Receiver:
         generator: Generator,
         device: torch.device | str = "cpu",
         method: Method = "mmse",
+        precision: torch.dtype = torch.float32,
     ) -> None:
+        """precision: of the products in convolutions; see `shared.compute.precision_of`."""
         self.device = torch.device(device)
         self.decoder = decoder.to(self.device).eval()
         self.generator = generator.to(self.device).eval()
         self.method: Method = method
+        self.precision = precision
         # As many pictures in a pass as pay: a CPU's caches hold no more, a GPU starves on fewer.
         self.most = 8 if self.device.type == "cpu" else 64
 
     @classmethod
     def from_bundle(
-        cls, bundle: Bundle, device: torch.device | str = "cpu", method: Method = "mmse"
+        cls,
+        bundle: Bundle,
+        device: torch.device | str = "cpu",
+        method: Method = "mmse",
+        precision: torch.dtype = torch.float32,
     ) -> "Receiver":
         """Load the channel decoder and the generator. Raises BundleError where one is broken."""
         return cls(
-            ChannelDecoder.from_bundle(bundle), Generator.from_bundle(bundle), device, method
+            ChannelDecoder.from_bundle(bundle),
+            Generator.from_bundle(bundle),
+            device,
+            method,
+            precision,
         )
 
     @property
@@ -77,7 +89,8 @@ class Receiver:
     def draw(self, receptions: Sequence[Reception]) -> Sequence[Tensor]:
         """Several receptions -> the images of each, in passes of at most `most` pictures."""
         passes = self._decode(receptions).split(self.most)
-        image = torch.cat([self.generator.synthesis(w_hat) for w_hat in passes])
+        with multiplying_in(self.precision, self.device):
+            image = torch.cat([self.generator.synthesis(w_hat) for w_hat in passes])
         counts = [len(reception.y) for reception in receptions]
         return list(torch.split(image.float().clamp(-1, 1), counts))
 

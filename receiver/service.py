@@ -10,7 +10,7 @@ from torch import Tensor
 from receiver.pipeline import Receiver
 from shared.batching import Operation, Steps, ask, ask_one
 from shared.bundle import Bundle
-from shared.compute import in_shares, prepare
+from shared.compute import in_shares, precision_of, prepare
 from shared.errors import InvalidRequest, PayloadTooLarge
 from shared.images import encode_png
 from shared.pb import edsc_pb2, edsc_pb2_grpc
@@ -85,9 +85,11 @@ class ReceiverService(edsc_pb2_grpc.ReceiverServicer):
         return self._model.get().description
 
 
-def load_model(bundle: Bundle, device: torch.device) -> Model:
+def load_model(
+    bundle: Bundle, device: torch.device, precision: torch.dtype = torch.float32
+) -> Model:
     """Load the pipeline of a bundle and draw once: the first picture is slower than the others."""
-    receiver = Receiver.from_bundle(bundle, device)
+    receiver = Receiver.from_bundle(bundle, device, precision=precision)
     silence = Reception(
         y=torch.ones(1, receiver.uses, dtype=torch.complex64),  # [1, n], power 1
         h=torch.ones(1, 1, dtype=torch.complex64),  # [1, 1]
@@ -111,6 +113,7 @@ def register(server: Server) -> Callable[[], None]:
 
     def load() -> None:
         device = prepare(settings.device, settings.threads)
-        model.put(load_model(Bundle.open(settings.weights), device))
+        precision = precision_of(settings.precision, device)
+        model.put(load_model(Bundle.open(settings.weights), device, precision))
 
     return load

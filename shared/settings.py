@@ -17,6 +17,8 @@ from shared.errors import InvalidRequest
 
 ServiceName = Literal["transmitter", "channel", "receiver", "baselines", "gateway"]
 
+Precision = Literal["auto", "float32", "bfloat16"]
+
 MIB: Final = 2**20
 
 
@@ -51,6 +53,11 @@ class Settings(BaseSettings):
 
     weights: Path | None = Field(default=None, description="bundle folder; unset: the shipped one")
     device: str = Field(default="cpu", description='torch device: "cpu", "cuda", "cuda:1", "auto"')
+    precision: Precision = Field(
+        default="auto",
+        description='in which networks multiply: "float32", "bfloat16", or "auto": bfloat16 where '
+        "the device does so natively",
+    )
     threads: int = Field(
         default=0, ge=0, le=256, description="threads per inference; 0: torch's choice"
     )

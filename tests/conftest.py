@@ -123,7 +123,7 @@ def baselines_bundle(random_bundle: Path, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="session")
 def services(random_bundle: Path) -> Iterator[Settings]:
-    """The three real services in this process, on free ports, with random weights.
+    """The three real services in this process, on free ports, with random weights, in float32.
 
     Gives the settings with which a client finds them.
     """
@@ -133,7 +133,12 @@ def services(random_bundle: Path) -> Iterator[Settings]:
     from shared.rpc import GrpcService, Server
 
     settings = Settings(
-        transmitter_port=0, channel_port=0, receiver_port=0, weights=random_bundle, threads=1
+        transmitter_port=0,
+        channel_port=0,
+        receiver_port=0,
+        weights=random_bundle,
+        threads=1,
+        precision="float32",  # company shows in no byte of a picture
     )
     registers: dict[GrpcService, Callable[[Server], Callable[[], None]]] = {
         "transmitter": transmitter.service.register,

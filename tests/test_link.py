@@ -19,6 +19,7 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from PIL import Image
 
 from edsc.demo import first_sample
@@ -118,8 +119,12 @@ def test_four_processes_give_what_the_pipelines_give(
 
 
 @pytest.fixture(scope="module")
-def in_process(weights: Path) -> InProcess:
-    return InProcess(weights)
+def in_process(weights: Path) -> Iterator[InProcess]:
+    """On one thread as the stack: threads split sums, and bfloat16 would show where."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield InProcess(weights)
+    torch.set_num_threads(before)
 
 
 def test_a_face_is_edited_through_the_air(stack: Stack, in_process: InProcess, face: bytes) -> None:

@@ -37,7 +37,7 @@ def small_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def stub(small_bundle: Path) -> Iterator[Any]:
-    settings = Settings(receiver_port=0, weights=small_bundle)
+    settings = Settings(receiver_port=0, weights=small_bundle, precision="float32")
     server = Server(settings, "receiver")
     load = register(server)
     port = server.start()

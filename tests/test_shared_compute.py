@@ -5,9 +5,10 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
+from torch import Tensor
 
 from shared.batching import Operation
-from shared.compute import SMALLEST_SHARE, _workers, in_shares
+from shared.compute import SMALLEST_SHARE, _workers, in_precision, in_shares, precision_of
 
 CPU = torch.device("cpu")
 
@@ -96,3 +97,26 @@ def test_pictures_are_the_same_beyond_rounding() -> None:
     plain = Operation("conv", run)
     for one, other in zip(in_shares(plain, CPU)(pictures), plain(pictures), strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_a_precision_is_taken_as_chosen_or_as_the_device_multiplies_natively() -> None:
+    assert precision_of("float32", CPU) == torch.float32
+    assert precision_of("bfloat16", CPU) == torch.bfloat16
+    able = torch.cpu.get_capabilities()
+    native = bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+    assert precision_of("auto", CPU) == (torch.bfloat16 if native else torch.float32)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_only_the_operation_is_of_the_lower_precision_in_every_share() -> None:
+    def product(items: Sequence[Tensor]) -> list[Tensor]:
+        together = torch.stack(list(items)) @ torch.eye(2)
+        return list(together)
+
+    items = [torch.full((2,), 1 + 2**-12) for _ in range(5)]  # bfloat16 has 8 bits: 1
+    plain = Operation("product", product)
+    lower = in_shares(in_precision(plain, torch.bfloat16, CPU), CPU)
+    assert all(row.dtype == torch.bfloat16 and row.tolist() == [1.0, 1.0] for row in lower(items))
+    assert all(row.tolist() == items[0].tolist() for row in plain(items))
+    same = in_precision(plain, torch.float32, CPU)
+    assert all(row.dtype == torch.float32 and torch.equal(row, items[0]) for row in same(items))

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from receiver.pipeline import Receiver
 from shared.batching import Steps, alone
 from shared.bundle import Bundle
 from shared.errors import BundleError, Cancelled, InvalidRequest, UnsupportedImage
 from shared.images import encode_png
-from shared.symbols import average_power, to_real
+from shared.symbols import Reception, average_power, to_real
 from shared.telemetry import Metrics
 from shared.worker import Worker
 from transmitter.editing import Quality
@@ -172,3 +173,27 @@ def test_in_company_a_request_gets_what_it_gets_alone(
         for what in ("count", "sum")
     )
     assert items > passes, "nothing was shared"
+
+
+def test_bfloat16_draws_the_same_picture_to_the_eye(
+    random_bundle: Path, transmitter: Transmitter, photo: bytes
+) -> None:
+    """Both ends: half a grey level of 255 apart on average at most, and its steps descend."""
+    bundle = Bundle.open(random_bundle)
+    rounded = Transmitter.from_bundle(bundle, precision=torch.bfloat16)
+    exact, near = (
+        nets.transmit(photo, "-", snr_db=6.0, quality="fast", align=False)
+        for nets in (transmitter, rounded)
+    )
+    assert near.sent.dtype == torch.float32
+    assert 0 < float((near.sent - exact.sent).abs().mean()) < 0.5 / 127.5
+    descended = rounded.transmit(photo, "-", snr_db=6.0, quality="balanced", align=False)
+    errors = [float((sent.sent - sent.aligned).square().mean()) for sent in (near, descended)]
+    assert errors[1] < errors[0]
+    drawn = [
+        Receiver.from_bundle(bundle, precision=precision)(
+            Reception(exact.symbols, torch.ones(1, 1, dtype=torch.complex64), None, torch.ones(1))
+        )
+        for precision in (torch.float32, torch.bfloat16)
+    ]
+    assert 0 < float((drawn[0] - drawn[1]).abs().mean()) < 0.5 / 127.5

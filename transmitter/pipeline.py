@@ -21,7 +21,7 @@ from shared.adapters import Adapters, ChannelDecoder, ChannelEncoder
 from shared.attributes import Edit
 from shared.batching import Item, Operation, Result, Steps, alone, ask_one
 from shared.bundle import Bundle
-from shared.compute import in_shares
+from shared.compute import in_precision, in_shares, multiplying_in
 from shared.errors import Cancelled, InvalidRequest, NoFaceFound
 from shared.images import decode_photo, to_float
 from shared.stylegan2 import Generator
@@ -77,8 +77,11 @@ class Transmitter:
         channel_encoder: ChannelEncoder,
         channel_decoder: ChannelDecoder,
         device: torch.device | str = "cpu",
+        precision: torch.dtype = torch.float32,
     ) -> None:
+        """precision: of the products in convolutions; see `shared.compute.precision_of`."""
         self.device = torch.device(device)
+        self.precision = precision
         self.finder = finder
         self.reader = reader
         self.encoder = encoder.to(self.device)
@@ -91,18 +94,28 @@ class Transmitter:
         most = 8 if self.device.type == "cpu" else 64
         self._decode = Operation("decode", _each(decode_photo), aside=True)
         self._align = Operation("align", _each(self._align_one), aside=True)
+
+        def hastened(operation: Operation[Item, Result]) -> Operation[Item, Result]:
+            return in_shares(in_precision(operation, precision, self.device), self.device)
+
         inverting = Inverting.of(self.encoder, self.generator, self.predictor, most=most)
-        self._inverting = replace(
-            inverting,
-            encode=in_shares(inverting.encode, self.device),
-            descend=in_shares(inverting.descend, self.device),
+        # What requests share, and the editor that the baselines run on its own.
+        self.inversion = Inverting(
+            encode=hastened(inverting.encode),
+            see=hastened(inverting.see),
+            descend=hastened(inverting.descend),
         )
-        matching = Matching.of(self.generator, self.fields, self.predictor, most=most)
-        self._matching = replace(matching, look=in_shares(matching.look, self.device))
+        walks = Matching.of(self.generator, self.fields, self.predictor, most=most)
+        self.matching = replace(walks, look=hastened(walks.look))
         self._code = Operation("code", self._encoded)
 
     @classmethod
-    def from_bundle(cls, bundle: Bundle, device: torch.device | str = "cpu") -> "Transmitter":
+    def from_bundle(
+        cls,
+        bundle: Bundle,
+        device: torch.device | str = "cpu",
+        precision: torch.dtype = torch.float32,
+    ) -> "Transmitter":
         """Load every net of the transmitter. Raises BundleError where one is missing or broken."""
         adapters = Adapters.from_bundle(bundle)
         return cls(
@@ -115,6 +128,7 @@ class Transmitter:
             channel_encoder=adapters.encoder,
             channel_decoder=adapters.decoder,
             device=device,
+            precision=precision,
         )
 
     @property
@@ -194,14 +208,14 @@ class Transmitter:
         with watch("invert"):
             face = face.to(self.device)
             steps = INVERSION_STEPS[quality]
-            w = yield from inverting(face, self._inverting, steps, cancelled=cancelled)
+            w = yield from inverting(face, self.inversion, steps, cancelled=cancelled)
         found = None
         with watch("edit"):
             if reading is not None:
                 found = yield from matching(
                     w,
                     reading.edit,
-                    self._matching,
+                    self.matching,
                     arrival=self.arrival(snr_db),
                     limits=quality,
                     cancelled=cancelled,
@@ -211,7 +225,7 @@ class Transmitter:
         with watch("encode"):
             symbols = yield from ask_one(self._code, (w, snr_db))  # [1, 256]
         with watch("draw"):
-            look = yield from ask_one(self._matching.look, w)
+            look = yield from ask_one(self.matching.look, w)
             seen = self.predictor.score_degrees(look.scores[None])[0]
             after = seen if found is None else found.after
         return Transmission(
@@ -231,8 +245,15 @@ class Transmitter:
 
     def seen(self, w: Tensor) -> Tensor:
         """Scores [1, 5] of the picture that a latent [1, 512] draws, as matching takes them."""
-        (look,) = self._matching.look([w])
+        (look,) = self.matching.look([w])
         return look.scores[None]
+
+    @torch.no_grad()
+    def draw(self, w: Tensor) -> Tensor:
+        """The picture [B, 3, S, S] in [-1, 1] that latents w [B, 512] stand for."""
+        with multiplying_in(self.precision, self.device):
+            image: Tensor = self.generator.synthesis(w.to(self.device))
+        return image.float().clamp(-1, 1).cpu()
 
     def arrival(self, snr_db: float) -> Arrival:
         """How latents arrive on average at this SNR."""

@@ -193,7 +193,9 @@ class Predictor(nn.Module):
 
     def scores(self, image: Tensor) -> Tensor:
         """The monotone score of each attribute, [B,5], no unit; compare with `cuts`."""
-        s: Tensor = self.scores_head(self.features(image)[-1].float().flatten(1))
+        flat = self.features(image)[-1].float().flatten(1)
+        with torch.autocast(flat.device.type, enabled=False):  # 8 bits are a tenth of a degree
+            s: Tensor = self.scores_head(flat)
         return s
 
     def steady_scores(self, image: Tensor) -> Tensor:

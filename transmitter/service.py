@@ -10,7 +10,7 @@ from torch import Tensor
 
 from shared.batching import Operation, Steps, ask
 from shared.bundle import Bundle
-from shared.compute import prepare
+from shared.compute import precision_of, prepare
 from shared.errors import EdscError, InvalidRequest, PayloadTooLarge
 from shared.images import encode_png
 from shared.pb import edsc_pb2, edsc_pb2_grpc
@@ -209,9 +209,11 @@ def transmission_to_wire(sent: Transmission, snr_db: float) -> edsc_pb2.Transmit
     return reply
 
 
-def load_model(bundle: Bundle, device: torch.device) -> Model:
+def load_model(
+    bundle: Bundle, device: torch.device, precision: torch.dtype = torch.float32
+) -> Model:
     """Load the pipeline of a bundle and send two pictures: the first is slower than the others."""
-    transmitter = Transmitter.from_bundle(bundle, device)
+    transmitter = Transmitter.from_bundle(bundle, device, precision)
     size = transmitter.image_size
     grey = encode_png(torch.zeros(1, 3, size, size))
     sent = transmitter.transmit(grey, NO_EDIT, snr_db=6.0, quality="fast", align=False)
@@ -241,6 +243,7 @@ def register(server: Server) -> Callable[[], None]:
 
     def load() -> None:
         device = prepare(settings.device, settings.threads)
-        model.put(load_model(Bundle.open(settings.weights), device))
+        precision = precision_of(settings.precision, device)
+        model.put(load_model(Bundle.open(settings.weights), device, precision))
 
     return load
