@@ -14,7 +14,7 @@ from torch import Tensor
 from receiver.equaliser import Method, equalise
 from shared.adapters import ChannelDecoder
 from shared.bundle import Bundle
-from shared.compute import multiplying_in
+from shared.compute import most_in_a_pass, multiplying_in
 from shared.stylegan2 import Generator
 from shared.symbols import Reception, noise_variance_to_snr_db
 
@@ -36,8 +36,7 @@ class Receiver:
         self.generator = generator.to(self.device).eval()
         self.method: Method = method
         self.precision = precision
-        # As many pictures in a pass as pay: a CPU's caches hold no more, a GPU starves on fewer.
-        self.most = 8 if self.device.type == "cpu" else 64
+        self.most = most_in_a_pass(self.device)
 
     @classmethod
     def from_bundle(

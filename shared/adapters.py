@@ -344,6 +344,7 @@ class ChannelDecoder(nn.Module):
             self.affine = nn.Linear(2 * self.config.snr_features, 2 * k, bias=False)
             nn.init.zeros_(self.affine.weight)
         self.residual = _Residuals(self.config, snrs=2)
+        self._kept: tuple[object, tuple[Tensor, Tensor]] | None = None  # see `_spread`
 
     @classmethod
     def from_bundle(cls, bundle: Bundle, net: str = NET) -> "ChannelDecoder":
@@ -367,14 +368,11 @@ class ChannelDecoder(nn.Module):
         sent = snr if sent_snr_db is None else _per_message(sent_snr_db, received)
         noise = snr_db_to_noise_variance(snr).unsqueeze(1)  # [B, 1]
         snrs = torch.stack((sent, snr), dim=1)  # [B, 2]
-        spread = self.synthesis * self.spectrum.sqrt()  # [k, k], white components to latents
-        levels = self.spectrum
-        if self.config.turned:
-            spread, levels = spread @ self.turn.T, self.weights
+        spread, energies = self._spread()
+        levels = self.weights if self.config.turned else self.spectrum
         power = water_fill(levels, snr_db_to_noise_variance(sent))  # [B, k]
         white = received * power.sqrt() / (power + noise)  # E[s | r] for unit variance
         moved = white @ spread.T  # [B, k]
-        energies = spread.square().sum(dim=0)  # [k]
         scale = undo_scale(moved, self.mean, energies, power, noise)  # [B, 1]
         # 1 / sqrt(1 + N0) brings whatever was received to unit variance for the network.
         seen = received / (1 + noise).sqrt()
@@ -386,6 +384,26 @@ class ChannelDecoder(nn.Module):
             correction = correction + left * (gain * white + shift)
         latent: Tensor = self.mean + moved * scale + correction @ spread.T
         return latent  # [B, k]
+
+    def _spread(self) -> tuple[Tensor, Tensor]:
+        """White components to latents [k, k], and the energy of each [k].
+
+        Kept while nothing it is made of changes: with a turn it is a product of 512 x 512 x 512.
+        """
+        parts = [self.synthesis, self.spectrum, *([self.turn] if self.config.turned else [])]
+        if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
+            return self._spread_anew()
+        key = tuple((part.data_ptr(), part._version, part.device) for part in parts)
+        if self._kept is None or self._kept[0] != key:
+            with torch.inference_mode(False), torch.no_grad():
+                self._kept = key, self._spread_anew()
+        return self._kept[1]
+
+    def _spread_anew(self) -> tuple[Tensor, Tensor]:
+        spread = self.synthesis * self.spectrum.sqrt()
+        if self.config.turned:
+            spread = spread @ self.turn.T
+        return spread, spread.square().sum(dim=0)
 
 
 class Adapters(nn.Module):

@@ -65,6 +65,12 @@ def multiplying_in(
     return torch.autocast(device.type, precision)
 
 
+def most_in_a_pass(device: torch.device) -> int:
+    """As many pictures of 128 px in one pass as pay: eight to each thread of a CPU (`in_shares`),
+    whose caches hold no more; a GPU starves on fewer than 64."""
+    return 8 * torch.get_num_threads() if device.type == "cpu" else 64
+
+
 def in_precision(
     operation: Operation[Item, Result], precision: torch.dtype, device: torch.device
 ) -> Operation[Item, Result]:
@@ -92,8 +98,12 @@ def _workers(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="share", initializer=alone)
 
 
-def in_shares(operation: Operation[Item, Result], device: torch.device) -> Operation[Item, Result]:
+def in_shares(
+    operation: Operation[Item, Result], device: torch.device, smallest: int = SMALLEST_SHARE
+) -> Operation[Item, Result]:
     """The same; on a CPU the items of a large pass are shared out among the threads.
+
+    smallest: items of a share; with 1, a single item too is computed by one thread.
 
     Threads that split every layer of a small picture wait for each other at its end, dozens of
     times a pass; with whole pictures of their own they meet once. (Two cores, 8 pictures of 128 px:
@@ -105,8 +115,8 @@ def in_shares(operation: Operation[Item, Result], device: torch.device) -> Opera
 
     def run(items: Sequence[Item]) -> list[Result]:
         threads = torch.get_num_threads()
-        shares = min(threads, len(items) // SMALLEST_SHARE)
-        if shares < 2:
+        shares = min(threads, len(items) // smallest)
+        if shares < 2 and smallest > 1:
             return list(operation.run(items))
         ends = [len(items) * number // shares for number in range(shares + 1)]
         parts = [items[start:end] for start, end in pairwise(ends)]

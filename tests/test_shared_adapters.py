@@ -371,3 +371,25 @@ def test_adapters_of_another_size_are_refused(tmp_path: Path) -> None:
     write_net(tmp_path, NET, config=AdapterConfig().to_json(), tensors=tensors, provenance={})
     with pytest.raises(BundleError, match="adapters"):
         ChannelDecoder.from_bundle(Bundle.open(tmp_path))
+
+
+def test_what_a_decoder_keeps_follows_its_weights() -> None:
+    """The product of its matrices is kept between messages, but not beyond a change of them."""
+    generator = torch.Generator().manual_seed(8)
+    config = AdapterConfig(latent=32, turned=True)
+    symbols = to_sphere(torch.randn(3, 32, generator=generator)).view(torch.complex64)
+    decoder, other = ChannelDecoder(config), ChannelDecoder(config)
+    turned = torch.linalg.qr(torch.randn(32, 32, generator=generator))[0]
+    with torch.inference_mode():
+        before = decoder(symbols, 6.0)
+        torch.testing.assert_close(decoder(symbols, 6.0), before, rtol=0, atol=0)
+    with torch.no_grad():
+        other.turn.copy_(turned)
+        decoder.turn.copy_(turned)
+        torch.testing.assert_close(decoder(symbols, 6.0), other(symbols, 6.0), rtol=0, atol=0)
+        assert float((decoder(symbols, 6.0) - before).abs().max()) > 0.1
+        decoder.load_state_dict(ChannelDecoder(config).state_dict())
+        torch.testing.assert_close(decoder(symbols, 6.0), before, rtol=0, atol=0)
+    learning = decoder.requires_grad_(True)(symbols, 6.0)
+    (slope,) = torch.autograd.grad(learning.square().sum(), decoder.turn)
+    assert float(slope.abs().max()) > 0

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from shared.batching import Operation
-from shared.compute import SMALLEST_SHARE, _workers, in_precision, in_shares, precision_of
+from shared.compute import (
+    SMALLEST_SHARE,
+    _workers,
+    in_precision,
+    in_shares,
+    most_in_a_pass,
+    precision_of,
+)
 
 CPU = torch.device("cpu")
 
@@ -120,3 +127,18 @@ def test_only_the_operation_is_of_the_lower_precision_in_every_share() -> None:
     assert all(row.tolist() == items[0].tolist() for row in plain(items))
     same = in_precision(plain, torch.float32, CPU)
     assert all(row.dtype == torch.float32 and torch.equal(row, items[0]) for row in same(items))
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_single_item_can_be_left_to_one_thread() -> None:
+    seen = Seen()
+    operation = in_shares(Operation("square", seen), CPU, 1)
+    assert operation([4]) == [16]
+    assert operation([2, 3]) == [4, 9]
+    assert [(size, threads) for size, threads, _ in seen.passes] == [(1, 1)] * 3
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_pass_has_eight_pictures_for_every_thread() -> None:
+    assert most_in_a_pass(CPU) == 16
+    assert most_in_a_pass(torch.device("cuda")) == 64

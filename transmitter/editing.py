@@ -333,7 +333,10 @@ class _Walk:
         if (missing := max(new) + 1 - len(self.path)) > 0:
             stretch = Stretch(self.path[-1], self.attribute, self.sign * self.turn_rad, missing)
             self.path += yield from ask_one(self.networks.walk, stretch)
-        latents = [self.arrival(self.path[step]) if step else self.path[0] for step in new]
+        if new == [0]:
+            latents = self.path[:1]
+        else:
+            latents = list(self.arrival(torch.cat([self.path[step] for step in new])).split(1))
         seen = yield from ask(self.networks.look, latents)
         for step, look in zip(new, seen, strict=True):
             self.scores[step] = look.scores

@@ -21,7 +21,7 @@ from shared.adapters import Adapters, ChannelDecoder, ChannelEncoder
 from shared.attributes import Edit
 from shared.batching import Item, Operation, Result, Steps, alone, ask_one
 from shared.bundle import Bundle
-from shared.compute import in_precision, in_shares, multiplying_in
+from shared.compute import in_precision, in_shares, most_in_a_pass, multiplying_in
 from shared.errors import Cancelled, InvalidRequest, NoFaceFound
 from shared.images import decode_photo, to_float
 from shared.stylegan2 import Generator
@@ -90,8 +90,7 @@ class Transmitter:
         self.fields = fields.to(self.device)
         self.channel_encoder = channel_encoder.to(self.device)
         self.channel_decoder = channel_decoder.to(self.device)  # the receiver's, to foresee it
-        # As many pictures in a pass as pay: a CPU's caches hold no more, a GPU starves on fewer.
-        most = 8 if self.device.type == "cpu" else 64
+        most = most_in_a_pass(self.device)
         self._decode = Operation("decode", _each(decode_photo), aside=True)
         self._align = Operation("align", _each(self._align_one), aside=True)
 
@@ -106,7 +105,11 @@ class Transmitter:
             descend=hastened(inverting.descend),
         )
         walks = Matching.of(self.generator, self.fields, self.predictor, most=most)
-        self.matching = replace(walks, look=hastened(walks.look))
+        self.matching = replace(
+            walks,
+            walk=in_shares(walks.walk, self.device, 1),
+            look=hastened(walks.look),
+        )
         self._code = Operation("code", self._encoded)
 
     @classmethod
