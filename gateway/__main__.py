@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import uvicorn
+import uvloop
 
 from gateway.app import create_app
 from gateway.desk import Limits
@@ -92,7 +93,8 @@ async def serve(settings: Settings, listener: socket.socket) -> None:
         timeout_graceful_shutdown=max(1, round(settings.drain_s)),
         ssl_certfile=certificate,
         ssl_keyfile=key,
-        h11_max_incomplete_event_size=2**16,  # bytes of a request's head
+        http="h11",  # httptools, where it is installed, knows no limit on a request's head
+        h11_max_incomplete_event_size=2**16,  # bytes of one
     )
     server = Server(config)
     loop = asyncio.get_running_loop()
@@ -119,7 +121,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # For whoever started us with port 0, and for a person at a terminal.
     print(f"gateway listening on {host}:{port}", flush=True)
     try:
-        asyncio.run(serve(settings, listener))
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(serve(settings, listener))
     except EdscError as error:
         print(f"the gateway cannot start: {error}", file=sys.stderr)
         return 1
