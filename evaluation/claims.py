@@ -72,11 +72,10 @@ def verdicts(results: Results) -> list[Verdict]:
 
 
 def _costs_verdicts(results: Results) -> list[Verdict]:
-    lowest = results.snrs_db[0]
-    mine = mean_over_snrs(results, OURS, "seconds")
+    mine = results.mean(results.arrived(OURS), "seconds")
     ratios = {}
-    for name, rows in results.competitors("awgn", lowest):
-        theirs = results.mean(rows, "seconds")
+    for name, _ in results.competitors("awgn", results.snrs_db[0]):
+        theirs = results.mean(results.arrived(name), "seconds")
         if mine is not None and theirs is not None:
             ratios[name] = mine.mean / theirs.mean
     claim = "seconds per image at most half of every baseline's"

@@ -245,16 +245,21 @@ class Results:
             [row["decoded"] for row in digital],
         )
 
-    def stages(self, scheme: str) -> dict[str, float]:
-        """Mean milliseconds by stage over all rows of a scheme, AWGN."""
-        rows = [
+    def arrived(self, scheme: str) -> list[Row]:
+        """Rows of a scheme at all SNRs, AWGN, whose message was decoded: the others leave work out,
+        as an edit after the channel that finds nothing to edit."""
+        return [
             row
             for row in self.trials
             if row["scheme"] == scheme
             and row["faces"] == self.faces
             and row["channel"] == "awgn"
-            and "timings_ms" in row
+            and row.get("decoded")
         ]
+
+    def stages(self, scheme: str) -> dict[str, float]:
+        """Mean milliseconds by stage of what `arrived`."""
+        rows = self.arrived(scheme)
         names = dict.fromkeys(stage for row in rows for stage in row["timings_ms"])
         return {
             stage: sum(row["timings_ms"].get(stage, 0.0) for row in rows) / len(rows)

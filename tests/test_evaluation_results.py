@@ -96,6 +96,19 @@ def test_a_large_gain_holds_and_no_gain_does_not() -> None:
     assert (good[first], bad[first]) == ("holds in the mean", "does not hold")
 
 
+def test_what_was_not_decoded_is_not_counted_as_quick() -> None:
+    """An editor that gets nothing to edit takes no time, which is no merit."""
+    rows = _made_up(0.3)
+    lost = [row for row in rows if row["scheme"] == "edit+jpeg-ldpc" and not row["decoded"]]
+    assert lost
+    for row in lost:
+        row["seconds"], row["timings_ms"] = 0.01, {"draw": 10.0}
+    results = Results(rows)
+    assert results.stages("edit+jpeg-ldpc") == {"edit": 2900.0, "draw": 100.0}
+    seconds = next(v for v in verdicts(results) if v.claim.startswith("seconds"))
+    assert seconds.word == "holds in the mean"
+
+
 def test_gain_is_over_the_best_of_the_others() -> None:
     rows = _made_up(0.5)
     for row in rows:
