@@ -245,7 +245,8 @@ class Draft(nn.Module):
         mean = self.mean.permute(1, 2, 0).flatten()
         basis = self.basis.permute(0, 2, 3, 1).flatten(1)
         flat = torch.addmm(mean, scaled, basis)  # [B, R R 3]
-        return flat.unflatten(1, (self.size, self.size, 3)).permute(0, 3, 1, 2)
+        draft: Tensor = torch.unflatten(flat, 1, (self.size, self.size, 3)).permute(0, 3, 1, 2)
+        return draft
 
 
 class Synthesis(nn.Module):
