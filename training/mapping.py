@@ -2,17 +2,24 @@
 
 ::
 
-    z --mapping--> w ----.
-                          > critic (a few linear layers over w) --> adversarial loss, both ways
-    faces --E--> codes --'
+    z --mapping--> w ---.--> critic of codes (a few linear layers) ----------.
+                        |                                                     > adversarial losses,
+    faces --E--> codes -'--> draft --SqueezeNet--> critic of pictures -------'  both ways
 
-Nothing is rendered: a code says all that the generator will draw, and a critic that reads 512
-numbers is a thousand times cheaper than one that reads pictures. It reads them twice, as they are
-and in the picture's measure (`draft_spectrum`), where a few numbers decide what a face looks like.
-Non-saturating loss with R1 (Mescheder et al. 2018) on the codes, and the energy distance as an
-anchor. The rest of the generator is left as it is: renderings and edits do not change.
+Most of it renders nothing. A code says all that the generator will draw, and a critic that reads
+512 numbers is a thousand times cheaper than one that reads pictures. It reads them twice, as they
+are and in the picture's measure (`draft_spectrum`), where a few numbers decide what a face looks
+like. Non-saturating loss with R1 (Mescheder et al. 2018), and the energy distance as an anchor.
+
+Such a critic sees how numbers are spread and hardly how they belong together: an outline of hair is
+the agreement of a hundred of them, and faces without it are ghosts. So after `pictures_from` steps
+a second one looks at the draft, which is one matrix product: frozen features of SqueezeNet, a few
+spectrally normalised convolutions on each of four layers, hinge loss (Projected GAN, Sauer et al.
+2021), both sides flipped, moved and coloured at random. The rest of the generator is left as it is:
+renderings and edits do not change.
 """
 
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,35 +27,49 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 from shared.bundle import Bundle, write_net
 from shared.errors import InvalidRequest
 from shared.stylegan2 import Generator
 from training.adapters import faces_to_latents
+from training.augment import jitter_colour, jitter_geometry
 from training.components import draft_spectrum
 from training.data import load_faces
 from training.generator import energy_distance, energy_distance_twice
 from training.run import Run, RunOptions, State
+from training.teachers import SqueezeFeatures
 
 NAME = "mapping"
+SEEN = (0, 1, 2, 6)  # which of SqueezeFeatures' layers the critic of pictures looks at
+
+Look = Callable[[Tensor, torch.Generator], list[Tensor]]
 
 
 @dataclass(frozen=True)
 class MappingRecipe:
-    """Lengths, rates and weights; about ten minutes on one CPU core."""
+    """Lengths, rates and weights; about half an hour on one CPU core, most of it the pictures.
 
-    length: int = 6_000
+    batch: latents a step. drawn: how many of them are looked at, from step `pictures_from` on.
+    side: pixels at which they are seen.
+    """
+
+    length: int = 5_000
+    pictures_from: int = 2_673
     batch: int = 256
-    rate: float = 2e-4
-    critic_rate: float = 4e-4
+    drawn: int = 64
+    side: int = 64
+    rate: float = 3e-4
+    critic_rate: float = 6e-4
     critic_width: int = 512
     critic_layers: int = 3
+    head_width: int = 64
     r1_gamma: float = 0.5
     r1_every: int = 4
     energy: float = 0.1
     warm_up: int = 200  # steps over which the average follows quickly
     average: float = 0.005
-    report_steps: int = 250
+    report_steps: int = 100
 
 
 class Critic(nn.Module):
@@ -71,6 +92,82 @@ class Critic(nn.Module):
         return logit
 
 
+class PictureCritic(nn.Module):
+    """Features of a picture, [B, C_i, H_i, H_i] each -> logits [B, P_i] each, large for faces."""
+
+    def __init__(self, features: list[Tensor], width: int) -> None:
+        """features: of any picture, for their sizes. width: channels of every convolution."""
+        super().__init__()
+        self.heads = nn.ModuleList(
+            _head(found.shape[1], found.shape[2], width) for found in features
+        )
+
+    def forward(self, features: list[Tensor]) -> list[Tensor]:
+        with torch.autocast(features[0].device.type, torch.bfloat16):
+            return [
+                head(found).float().flatten(1)
+                for head, found in zip(self.heads, features, strict=True)
+            ]
+
+
+def _head(channels: int, side: int, width: int) -> nn.Sequential:
+    """Features [B, C, H, H] -> logits [B, 1, h, h], h of 4 at most."""
+    layers: list[nn.Module] = [spectral_norm(nn.Conv2d(channels, width, 1)), nn.LeakyReLU(0.2)]
+    while side > 4:
+        layers += [spectral_norm(nn.Conv2d(width, width, 4, 2, 1)), nn.LeakyReLU(0.2)]
+        side //= 2
+    return nn.Sequential(*layers, spectral_norm(nn.Conv2d(width, 1, 3, padding=1)))
+
+
+def looking(generator: Generator, squeeze: SqueezeFeatures, side: int) -> Look:
+    """How the critic of pictures sees latents [B, D]: features of their drafts, disturbed.
+
+    A generator without a draft is rendered instead, which takes its time.
+    """
+    draw = generator.synthesis if generator.synthesis.draft is None else generator.synthesis.draft
+
+    def look(w: Tensor, draws: torch.Generator) -> list[Tensor]:
+        picture = F.interpolate(draw(w), (side, side), mode="bilinear", antialias=True)
+        picture = jitter_colour(jitter_geometry(picture, draws), draws)
+        with torch.autocast(w.device.type, torch.bfloat16):
+            features = squeeze(picture)
+        # Unit vectors of C numbers; the critic likes numbers about 1.
+        return [features[i] * features[i].shape[1] ** 0.5 for i in SEEN]
+
+    return look
+
+
+@dataclass(frozen=True)
+class Learners:
+    """What a step changes: the mapping network and its two critics, with their optimisers."""
+
+    mapping: nn.Module
+    critic: Critic
+    picture_critic: PictureCritic
+    optimiser: torch.optim.Optimizer
+    judge: torch.optim.Optimizer
+
+    @classmethod
+    def of(cls, mapping: nn.Module, scale: Tensor, look: Look, recipe: MappingRecipe) -> "Learners":
+        """Critics with random weights. scale: `measure` of the generator."""
+        critic = Critic(scale, recipe.critic_width, recipe.critic_layers)
+        with torch.no_grad():
+            features = look(torch.zeros(1, len(scale), device=scale.device), torch.Generator())
+        picture_critic = PictureCritic(features, recipe.head_width)
+        judged = [*critic.parameters(), *picture_critic.parameters()]
+        return cls(
+            mapping,
+            critic.to(scale.device),
+            picture_critic.to(scale.device),
+            torch.optim.Adam(mapping.parameters(), recipe.rate, (0.0, 0.99)),
+            torch.optim.Adam(judged, recipe.critic_rate, (0.0, 0.99)),
+        )
+
+    def parts(self) -> dict[str, nn.Module | torch.optim.Optimizer]:
+        """What a checkpoint keeps, by name."""
+        return dict(vars(self))
+
+
 def train(options: RunOptions, recipe: MappingRecipe | None = None) -> None:
     """Train from the last checkpoint and write the generator with its new mapping to the bundle.
 
@@ -80,7 +177,7 @@ def train(options: RunOptions, recipe: MappingRecipe | None = None) -> None:
     bundle = Bundle.open(options.bundle)
     with Run(NAME, options) as run:
         state = run.restore()
-        generator = Generator.from_bundle(bundle).to(run.device)
+        generator = Generator.from_bundle(bundle).to(run.device).requires_grad_(False)
         encoder_hash = str(bundle.index["nets"]["inversion"]["sha256"])
         if state is not None and state["encoder"] != encoder_hash:
             raise InvalidRequest(
@@ -92,18 +189,11 @@ def train(options: RunOptions, recipe: MappingRecipe | None = None) -> None:
         else:
             codes = state["codes"]
         scale = measure(generator)
+        look = looking(generator, SqueezeFeatures(options.data).to(run.device), recipe.side)
         mapping = generator.mapping.requires_grad_(True)
         smooth = deepcopy(mapping).requires_grad_(False)
-        critic = Critic(scale, recipe.critic_width, recipe.critic_layers).to(run.device)
-        optimiser = torch.optim.Adam(mapping.parameters(), recipe.rate, (0.0, 0.99))
-        judge = torch.optim.Adam(critic.parameters(), recipe.critic_rate, (0.0, 0.99))
-        parts: dict[str, nn.Module | torch.optim.Optimizer] = {
-            "mapping": mapping,
-            "smooth": smooth,
-            "critic": critic,
-            "optimiser": optimiser,
-            "judge": judge,
-        }
+        learners = Learners.of(mapping, scale, look, recipe)
+        parts = {**learners.parts(), "smooth": smooth}
         if state is not None:
             for key, part in parts.items():
                 part.load_state_dict(state[key])
@@ -132,7 +222,7 @@ def train(options: RunOptions, recipe: MappingRecipe | None = None) -> None:
         while run.step < recipe.length and not run.stopping:
             # Seeded by the step, so that a resumed run draws what an unbroken one would have.
             draws = torch.Generator().manual_seed(options.seed * 1_000_003 + run.step)
-            step(mapping, critic, optimiser, judge, codes, recipe, run.step, draws)
+            step(learners, codes, look, recipe, run.step, draws)
             follow = 0.1 if run.step < recipe.warm_up else recipe.average
             with torch.no_grad():
                 torch._foreach_lerp_(list(smooth.parameters()), list(mapping.parameters()), follow)
@@ -155,21 +245,21 @@ def measure(generator: Generator) -> Tensor:
 
 
 def step(
-    mapping: nn.Module,
-    critic: Critic,
-    optimiser: torch.optim.Optimizer,
-    judge: torch.optim.Optimizer,
+    learners: Learners,
     codes: Tensor,
+    look: Look,
     recipe: MappingRecipe,
     number: int,
     draws: torch.Generator,
 ) -> None:
-    """One step of the critic, then one of the mapping network."""
+    """One step of the critics, then one of the mapping network."""
+    critic, picture_critic = learners.critic, learners.picture_critic
+    drawn = recipe.drawn if number >= recipe.pictures_from else 0
 
     def latents() -> Tensor:
         z = torch.randn(recipe.batch, codes.shape[1], generator=draws)
-        drawn: Tensor = mapping(z.to(codes.device))
-        return drawn
+        found: Tensor = learners.mapping(z.to(codes.device))
+        return found
 
     index = torch.randint(len(codes), (recipe.batch,), generator=draws).to(codes.device)
     real = codes[index].requires_grad_(True)
@@ -180,16 +270,25 @@ def step(
     if number % recipe.r1_every == 0:
         (slope,) = torch.autograd.grad(on_real.sum(), real, create_graph=True)
         loss = loss + recipe.r1_gamma / 2 * recipe.r1_every * slope.square().sum(1).mean()
-    judge.zero_grad(set_to_none=True)
+    if drawn:
+        with torch.no_grad():
+            features = look(torch.cat([real[:drawn], fake[:drawn]]), draws)
+        for logits in picture_critic(features):
+            of_real, of_fake = logits.chunk(2)
+            loss = loss + F.relu(1 - of_real).mean() + F.relu(1 + of_fake).mean()
+    learners.judge.zero_grad(set_to_none=True)
     loss.backward()
-    judge.step()
+    learners.judge.step()
 
     fake, real = latents(), real.detach()
     anchor = energy_distance_twice(fake, real, critic.scale)
     fooled = F.softplus(-critic(fake)).mean() + recipe.energy * anchor
-    optimiser.zero_grad(set_to_none=True)
+    if drawn:
+        for logits in picture_critic(look(fake[:drawn], draws)):
+            fooled = fooled - logits.mean()
+    learners.optimiser.zero_grad(set_to_none=True)
     fooled.backward()
-    optimiser.step()
+    learners.optimiser.step()
 
 
 @torch.no_grad()
