@@ -15,7 +15,7 @@ from training import generator as generator_recipe
 from training import mapping as recipe_module
 from training.data import make_fake_data
 from training.generator import Recipe
-from training.mapping import Learners, MappingRecipe, looking, score
+from training.mapping import Learners, MappingRecipe, calibrate, looking, score
 from training.run import RunOptions
 from training.teachers import SqueezeFeatures, make_fake_teachers
 
@@ -28,6 +28,8 @@ TINY = MappingRecipe(
     critic_layers=1,
     head_width=4,
     r1_every=2,
+    falling=2,
+    strong=2,
 )
 
 
@@ -136,6 +138,20 @@ def test_the_critic_of_pictures_teaches_alone(place: RunOptions, generator: Gene
     for number in range(60):
         recipe_module.step(learners, codes, look, recipe, number, draws)
     assert score(mapping, codes, scale, 256) < 0.7 * first
+
+
+def test_the_spread_is_set(generator: Generator) -> None:
+    """Number for number as in the codes; the two strongest are narrower."""
+    codes = crowd(torch.Generator().manual_seed(0))
+    mapping, scale = deepcopy(generator.mapping), torch.ones(16)
+    scale[3] = scale[5] = 2.0
+    with torch.no_grad():
+        mapping.layers[-1].weight[3] *= 4
+        calibrate(mapping, codes, scale, replace(TINY, narrow=0.5))
+        spread = mapping(torch.randn(4_000, 16)).std(0)
+    share = torch.ones(16)
+    share[[3, 5]] = 0.5
+    torch.testing.assert_close(spread, share * codes.std(0), rtol=0.15, atol=0)
 
 
 @pytest.mark.parametrize("draft_size", [0, 16])

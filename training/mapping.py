@@ -15,7 +15,8 @@ Such a critic sees how numbers are spread and hardly how they belong together: a
 the agreement of a hundred of them, and faces without it are ghosts. So after `pictures_from` steps
 a second one looks at the draft, which is one matrix product: frozen features of SqueezeNet, a few
 spectrally normalised convolutions on each of four layers, hinge loss (Projected GAN, Sauer et al.
-2021), both sides flipped, moved and coloured at random. The rest of the generator is left as it is:
+2021), both sides flipped, moved and coloured at random. At last the spread of each number is set
+(`calibrate`). The rest of the generator is left as it is:
 renderings and edits do not change.
 """
 
@@ -31,7 +32,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from shared.bundle import Bundle, write_net
 from shared.errors import InvalidRequest
-from shared.stylegan2 import Generator
+from shared.stylegan2 import Generator, Mapping
 from training.adapters import faces_to_latents
 from training.augment import jitter_colour, jitter_geometry
 from training.components import draft_spectrum
@@ -54,11 +55,12 @@ class MappingRecipe:
     side: pixels at which they are seen.
     """
 
-    length: int = 5_000
+    length: int = 3_500
     pictures_from: int = 2_673
     batch: int = 256
-    drawn: int = 64
+    drawn: int = 32
     side: int = 64
+    falling: int = 300  # last steps, over which both rates fall to nothing
     rate: float = 3e-4
     critic_rate: float = 6e-4
     critic_width: int = 512
@@ -66,9 +68,11 @@ class MappingRecipe:
     head_width: int = 64
     r1_gamma: float = 0.5
     r1_every: int = 4
-    energy: float = 0.1
+    energy: float = 0.3
+    strong: int = 64  # how many numbers, of those that move the picture most, are drawn narrower
+    narrow: float = 0.8  # by this share of the codes' spread
     warm_up: int = 200  # steps over which the average follows quickly
-    average: float = 0.005
+    average: float = 0.03
     report_steps: int = 100
 
 
@@ -128,7 +132,7 @@ def looking(generator: Generator, squeeze: SqueezeFeatures, side: int) -> Look:
 
     def look(w: Tensor, draws: torch.Generator) -> list[Tensor]:
         picture = F.interpolate(draw(w), (side, side), mode="bilinear", antialias=True)
-        picture = jitter_colour(jitter_geometry(picture, draws), draws)
+        picture = jitter_colour(jitter_geometry(picture, draws), draws, 0.5)
         with torch.autocast(w.device.type, torch.bfloat16):
             features = squeeze(picture)
         # Unit vectors of C numbers; the critic likes numbers about 1.
@@ -162,6 +166,12 @@ class Learners:
             torch.optim.Adam(mapping.parameters(), recipe.rate, (0.0, 0.99)),
             torch.optim.Adam(judged, recipe.critic_rate, (0.0, 0.99)),
         )
+
+    def pace(self, share: float, recipe: MappingRecipe) -> None:
+        """Set both rates to this share of the recipe's."""
+        for optimiser, rate in ((self.optimiser, recipe.rate), (self.judge, recipe.critic_rate)):
+            for group in optimiser.param_groups:
+                group["lr"] = share * rate
 
     def parts(self) -> dict[str, nn.Module | torch.optim.Optimizer]:
         """What a checkpoint keeps, by name."""
@@ -205,6 +215,7 @@ def train(options: RunOptions, recipe: MappingRecipe | None = None) -> None:
         def ship() -> None:
             drawn = deepcopy(generator)
             drawn.mapping.load_state_dict(smooth.state_dict())
+            calibrate(drawn.mapping, codes, scale, recipe)
             z = torch.randn(24, generator.config.z_dim, generator=torch.Generator().manual_seed(2))
             with torch.no_grad():
                 run.sheet(drawn(z.to(run.device)).clamp(-1, 1), 8)
@@ -215,13 +226,14 @@ def train(options: RunOptions, recipe: MappingRecipe | None = None) -> None:
                 tensors=drawn.state_dict(),
                 provenance={
                     **bundle.provenance("generator"),
-                    NAME: run.provenance(distance=score(smooth, codes, scale)),
+                    NAME: run.provenance(distance=score(drawn.mapping, codes, scale)),
                 },
             )
 
         while run.step < recipe.length and not run.stopping:
             # Seeded by the step, so that a resumed run draws what an unbroken one would have.
             draws = torch.Generator().manual_seed(options.seed * 1_000_003 + run.step)
+            learners.pace(min(1.0, (recipe.length - run.step) / recipe.falling), recipe)
             step(learners, codes, look, recipe, run.step, draws)
             follow = 0.1 if run.step < recipe.warm_up else recipe.average
             with torch.no_grad():
@@ -289,6 +301,25 @@ def step(
     learners.optimiser.zero_grad(set_to_none=True)
     fooled.backward()
     learners.optimiser.step()
+
+
+@torch.no_grad()
+def calibrate(mapping: Mapping, codes: Tensor, scale: Tensor, recipe: MappingRecipe) -> None:
+    """Give each sampled number the spread [D] that it has in codes, the strongest a narrower one.
+
+    Adversaries leave light and pose too wide, and it is their extremes that look like no photograph
+    (truncation, as StyleGAN's, but of what shows: on the sphere there is no way to the middle). A
+    leaky ReLU passes factors on, so those of the last layer's rows are factors of what it draws.
+    """
+    z = torch.randn(4_000, codes.shape[1], generator=torch.Generator().manual_seed(1))
+    wanted = codes.std(0)
+    wanted[scale.topk(min(recipe.strong, len(scale))).indices] *= recipe.narrow
+    last = mapping.layers[-1]
+    assert isinstance(last, nn.Linear)
+    for _ in range(4):  # each changes the length, which the sphere then shares out anew
+        factor = (wanted / mapping(z.to(codes.device)).std(0).clamp_min(1e-6)).clamp(0.2, 5)
+        last.weight.mul_(factor[:, None])
+        last.bias.mul_(factor)
 
 
 @torch.no_grad()
