@@ -146,7 +146,7 @@ def test_the_spread_is_set(generator: Generator) -> None:
     mapping, scale = deepcopy(generator.mapping), torch.ones(16)
     scale[3] = scale[5] = 2.0
     with torch.no_grad():
-        mapping.layers[-1].weight[3] *= 4
+        next(mapping.layers[-1].parameters())[3] *= 4
         calibrate(mapping, codes, scale, replace(TINY, narrow=0.5))
         spread = mapping(torch.randn(4_000, 16)).std(0)
     share = torch.ones(16)
