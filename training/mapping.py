@@ -55,7 +55,7 @@ class MappingRecipe:
     side: pixels at which they are seen.
     """
 
-    length: int = 3_500
+    length: int = 4_400
     pictures_from: int = 2_673
     batch: int = 256
     drawn: int = 32
@@ -68,9 +68,9 @@ class MappingRecipe:
     head_width: int = 64
     r1_gamma: float = 0.5
     r1_every: int = 4
-    energy: float = 0.3
+    energy: float = 2.0
     strong: int = 64  # how many numbers, of those that move the picture most, are drawn narrower
-    narrow: float = 0.8  # by this share of the codes' spread
+    narrow: float = 0.9  # by this share of the codes' spread
     warm_up: int = 200  # steps over which the average follows quickly
     average: float = 0.03
     report_steps: int = 100
