@@ -222,9 +222,14 @@ class RawLatent(LatentLink):
 class Candidates:
     """Everything that can be compared, by name; the networks are loaded once."""
 
-    def __init__(self, bundle: Bundle, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        device: torch.device | str = "cpu",
+        precision: torch.dtype = torch.float32,
+    ) -> None:
         self.bundle = bundle
-        self.transmitter = Transmitter.from_bundle(bundle, device)
+        self.transmitter = Transmitter.from_bundle(bundle, device, precision)
         self.memory = Memory()
         self.editor = RememberingEditor(self.transmitter, self.memory)
         self._schemes = Schemes(self.editor, bundle)

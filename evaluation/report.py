@@ -323,6 +323,10 @@ def ood_page(results: Results) -> list[str]:
 
 def index_page(results: Results, bundle: Bundle, pages: Sequence[str]) -> list[str]:
     """What was measured, the claims with their verdicts, where the tables are."""
+
+    def told(key: str) -> str:
+        return ", ".join(sorted({row[key] for row in results.trials}))
+
     lines = [
         "# Results",
         "",
@@ -331,8 +335,8 @@ def index_page(results: Results, bundle: Bundle, pages: Sequence[str]) -> list[s
         "",
         *_about(results),
         "",
-        f"Bundle {bundle.name}, digest {bundle.digest[:12]}; commits "
-        f"{', '.join(sorted({row['commit'] for row in results.trials}))}.",
+        f"Bundle {bundle.name}, digest {bundle.digest[:12]}, in {told('precision')}; commits"
+        f" {told('commit')}.",
         "",
         "| claim | measured | paper | verdict |",
         "|---|---|---|---|",

@@ -31,7 +31,9 @@ from evaluation.panel import LESS, MORE, Panel, Reference, Wish, pack
 from shared.adapters import PAPER_SNRS_DB
 from shared.attributes import ATTRIBUTES, Attribute
 from shared.bundle import Bundle
+from shared.compute import precision_of
 from shared.errors import InstructionRefused, InvalidRequest, RateUnreachable
+from shared.settings import Settings
 from shared.symbols import Reception, average_power, noise_variance_to_snr_db
 from transmitter.editing import Quality
 from transmitter.pipeline import NO_EDIT
@@ -120,7 +122,10 @@ class Trial:
 
 
 class Tools:
-    """What a process needs to run trials: the networks of a bundle, and the panel."""
+    """What a process needs to run trials: the networks of a bundle, and the panel.
+
+    The schemes multiply as the services do (EDSC_PRECISION); who measures them does in float32.
+    """
 
     def __init__(
         self,
@@ -131,7 +136,9 @@ class Tools:
         commit: str = "unknown",
     ) -> None:
         self.bundle = Bundle.open(bundle)
-        self.candidates = Candidates(self.bundle)
+        device = torch.device("cpu")
+        self.precision = precision_of(Settings().precision, device)
+        self.candidates = Candidates(self.bundle, device, self.precision)
         self.panel = Panel(self.bundle, data, Official.open(metric_weights))
         self.commit = commit
 
@@ -216,6 +223,7 @@ def _frame(
         "seed": conditions.seed,
         "commit": tools.commit,
         "bundle": tools.bundle.digest,
+        "precision": str(tools.precision).removeprefix("torch."),
         "judge": tools.panel.judge_name,
         **trial.extra,
     }

@@ -37,6 +37,7 @@ def _row(image: int, scheme: str, snr_db: float | None, **values: Any) -> Row:
         "quality": "balanced",
         "commit": "0123456789ab",
         "bundle": "f" * 64,
+        "precision": "float32",
         "judge": "judge",
         **values,
     }

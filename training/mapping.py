@@ -55,12 +55,12 @@ class MappingRecipe:
     side: pixels at which they are seen.
     """
 
-    length: int = 4_180
+    length: int = 6_200
     pictures_from: int = 2_673
     batch: int = 256
     drawn: int = 32
     side: int = 64
-    falling: int = 120  # last steps, over which both rates fall to nothing
+    falling: int = 400  # last steps, over which both rates fall to nothing
     rate: float = 3e-4
     critic_rate: float = 6e-4
     critic_width: int = 512

@@ -239,7 +239,8 @@ class Inverting:
                 wanted = [torch.cat(stage) for stage in zip(*_features(places), strict=True)]
                 distance = feature_distance(judge.features(rendering), wanted)
                 loss = loss + perceptual_weight * distance.sum()
-            (gradient,) = torch.autograd.grad(loss, w)  # [sum B, 512], each row its own picture's
+            with torch.autocast(w.device.type, enabled=False):  # backward as each layer was forward
+                (gradient,) = torch.autograd.grad(loss, w)  # [sum B, 512], each row's own
             return _rows(gradient, [place.w for place in places])
 
         return cls(
