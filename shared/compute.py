@@ -40,7 +40,7 @@ def prepare(device: str, threads: int) -> torch.device:
 def precision_of(chosen: Precision, device: torch.device) -> torch.dtype:
     """The format in which networks multiply; "auto": bfloat16 where the device does so natively.
 
-    A picture then differs from the one in float32 by 65 dB, a sixth of what rounding to 8 bits
+    A picture then differs from the one in float32 by 65 dB, a quarter of what rounding to 8 bits
     does to it (the generator's draft and all sums stay float32), and is drawn in two thirds of the
     time. Where bfloat16 is only imitated it is slower: "auto" is float32 there.
     """
