@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from baselines.coherent import equalise
-from baselines.editor import Watch
+from baselines.editor import Editor, Watch
 from baselines.schemes import BaseScheme, LatentScheme, Sent
 from channel_sim.channel import Channel, ChannelConfig
 from channel_sim.fading import Kind
@@ -139,6 +139,10 @@ class Tools:
         device = torch.device("cpu")
         self.precision = precision_of(Settings().precision, device)
         self.candidates = Candidates(self.bundle, device, self.precision)
+        # The first pass of a process prepares its kernels: no scheme's time.
+        first = Editor(self.candidates.transmitter)
+        grey = torch.zeros(1, 3, self.size, self.size)
+        first.draw(first.inverted(grey, "balanced", Watch()))
         self.panel = Panel(self.bundle, data, Official.open(metric_weights))
         self.commit = commit
 
