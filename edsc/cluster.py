@@ -143,7 +143,11 @@ def connected(cpus: int) -> Iterator[ModuleType]:
         local = {"num_cpus": cpus, "include_dashboard": False, "_system_config": niceness}
     # A cluster started here runs this very code, also where another copy is installed.
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    variables = {"OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": os.pathsep.join(paths)}
+    variables = {
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "GOMP_SPINCOUNT": "5000",
+        "PYTHONPATH": os.pathsep.join(paths),
+    }
     try:
         ray.init(
             address=address,

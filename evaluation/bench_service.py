@@ -4,8 +4,9 @@ Each experiment starts its own stack on free ports and compares within itself, s
 mean something on any machine:
 
     batching   goodput at saturation with batches, against max_batch=1; quality `fast`
-    replicas   goodput of two one-thread transmitters, against one: asked themselves, by gRPC, and
-               through the whole link, where the receiver wants its share of the cores
+    replicas   goodput of two one-thread transmitters, against one: asked themselves, by gRPC, with
+               and without a core of their own, and through the whole link, where the receiver
+               wants its share of the cores
     overload   arrivals at three times the capacity: share of the capacity that is still served, p99
                of what was accepted, statuses of the rest, growth of the memory
     kill       kill -9 of each service in turn, of one replica of two and of the only one, under
@@ -52,6 +53,7 @@ from evaluation.traffic import (
     goodput_hz,
     in_background,
     open_loop,
+    pin,
     resident_mib,
     statuses,
 )
@@ -222,19 +224,24 @@ def transmit_only(stack: Stack, options: Options) -> float:
 
 
 def replicas(options: Options, report: Report) -> None:
-    """One transmitter of one thread, then two."""
+    """One transmitter of one thread, then two; at last with one core each, all their threads.
+
+    Left alone, one takes more than a core: photos are read and aligned beside its passes.
+    """
     found: dict[str, Any] = {}
     for number in (1, 2):
         settings = options.settings(threads=1)
         with Stack(settings, free_ports=True, replicas={"transmitter": number}) as stack:
             found[f"transmitters_{number}"] = {"goodput_hz": transmit_only(stack, options)}
             found[f"link_{number}"] = saturate(stack, options)
-    for name in ("transmitters", "link"):
+            pin([pid for name, pid in stack.pids.items() if name.startswith("transmitter")])
+            found[f"cores_{number}"] = {"goodput_hz": transmit_only(stack, options)}
+    for name in ("transmitters", "link", "cores"):
         found[f"{name}_ratio"] = found[f"{name}_2"]["goodput_hz"] / found[f"{name}_1"]["goodput_hz"]
     report.figures["replicas"] = found
     report.at_least(
-        "goodput, two one-thread transmitters against one",
-        found["transmitters_ratio"],
+        "goodput, two one-thread transmitters of a core each against one",
+        found["cores_ratio"],
         REPLICAS_BAR,
     )
 

@@ -1,6 +1,10 @@
 """Load and what is made of it; the experiments themselves, with small random nets."""
 
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +13,7 @@ import pytest
 
 from evaluation import bench_service
 from evaluation.bench_service import Options, Report
-from evaluation.traffic import Outcome, Traffic, failures, goodput_hz, open_loop, statuses
+from evaluation.traffic import Outcome, Traffic, failures, goodput_hz, open_loop, pin, statuses
 
 
 def outcomes(*found: tuple[float, int]) -> list[Outcome]:
@@ -98,3 +102,20 @@ def test_settings_of_a_run_differ_as_asked() -> None:
     options = Options((b"",), deadline_s=7.0)
     assert options.settings(max_batch=1).max_batch == 1
     assert options.settings().default_deadline_s == 7.0
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores are given on Linux only")
+def test_a_pinned_process_has_one_core_with_all_its_threads() -> None:
+    script = "import threading, time; threading.Thread(target=time.sleep, args=(60,)).start()"
+    with subprocess.Popen([sys.executable, "-c", script]) as process:
+        try:
+            tasks = Path(f"/proc/{process.pid}/task")
+            end_s = time.monotonic() + 20
+            while len(list(tasks.iterdir())) < 2 and time.monotonic() < end_s:
+                time.sleep(0.02)
+            pin([process.pid])
+            cores = [os.sched_getaffinity(int(thread.name)) for thread in tasks.iterdir()]
+        finally:
+            process.kill()
+    assert len(cores) == 2
+    assert cores[0] == cores[1] == {min(os.sched_getaffinity(0))}
