@@ -17,7 +17,6 @@ from torch import Tensor
 
 from shared.attributes import Edit
 from shared.batching import alone
-from shared.bundle import Bundle
 from shared.errors import Cancelled, InvalidRequest
 from transmitter.editing import Quality, matching
 from transmitter.inversion import inverting
@@ -75,16 +74,6 @@ class Editor:
 
     def __init__(self, transmitter: Transmitter) -> None:
         self.transmitter = transmitter
-
-    @classmethod
-    def from_bundle(
-        cls,
-        bundle: Bundle,
-        device: torch.device | str = "cpu",
-        precision: torch.dtype = torch.float32,
-    ) -> "Editor":
-        """The bundle's nets. Raises BundleError where one is missing or broken."""
-        return cls(Transmitter.from_bundle(bundle, device, precision))
 
     @property
     def image_size(self) -> int:

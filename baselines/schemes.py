@@ -42,6 +42,7 @@ from shared.errors import InvalidRequest
 from shared.schemes import PLANS, Plan, Scheme
 from shared.symbols import Cbr, Reception, cbr, noise_variance_to_snr_db
 from transmitter.editing import Quality
+from transmitter.pipeline import Transmitter
 
 
 class Air(Protocol):
@@ -358,8 +359,11 @@ class Schemes(Mapping[str, BaseScheme]):
         device: torch.device | str = "cpu",
         precision: torch.dtype = torch.float32,
     ) -> "Schemes":
-        """Load the transmitter's nets, which every scheme edits with."""
-        return cls(Editor.from_bundle(bundle, device, precision), bundle)
+        """Load the transmitter's nets, which every scheme edits with.
+
+        Raises BundleError where one is missing or broken.
+        """
+        return cls(Editor(Transmitter.from_bundle(bundle, device, precision)), bundle)
 
     def __getitem__(self, name: str) -> BaseScheme:
         scheme = Scheme.parse(name)

@@ -25,6 +25,7 @@ from types import ModuleType
 from typing import Any, Final, Protocol, TypeVar
 
 from shared.errors import InvalidRequest, Unavailable
+from shared.settings import AT_BARRIERS
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 MOST_WORKERS: Final = 4096
@@ -143,11 +144,7 @@ def connected(cpus: int) -> Iterator[ModuleType]:
         local = {"num_cpus": cpus, "include_dashboard": False, "_system_config": niceness}
     # A cluster started here runs this very code, also where another copy is installed.
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    variables = {
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "GOMP_SPINCOUNT": "5000",
-        "PYTHONPATH": os.pathsep.join(paths),
-    }
+    variables = {**AT_BARRIERS, "PYTHONPATH": os.pathsep.join(paths)}
     try:
         ray.init(
             address=address,

@@ -36,7 +36,7 @@ import httpx
 from gateway.__main__ import open_listener
 from shared.errors import EdscError, InvalidRequest, Unavailable
 from shared.rpc import GrpcService
-from shared.settings import ServiceName, Settings
+from shared.settings import AT_BARRIERS, ServiceName, Settings
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 MODULES: Final[Mapping[ServiceName, str]] = {
@@ -336,11 +336,7 @@ class Stack:
         return self._listener
 
     def _environment(self, service: ServiceName) -> dict[str, str]:
-        environment = dict(os.environ)
-        # The processes share the cores: threads that spin at a barrier take the others'. But one
-        # that sleeps at every barrier is late at the next: so a tenth of a millisecond first.
-        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        environment.setdefault("GOMP_SPINCOUNT", "5000")
+        environment = {**AT_BARRIERS, **os.environ}
         for field_name, value in self.settings.model_dump(mode="json").items():
             if value not in (None, ""):
                 environment[f"EDSC_{field_name.upper()}"] = str(value)

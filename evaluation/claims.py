@@ -13,7 +13,6 @@ from evaluation import paper
 from evaluation.candidates import OURS, RAW, steps_name
 from evaluation.metrics import Figure
 from evaluation.results import Results
-from evaluation.trial import Row
 
 _DIGITS: Final[Mapping[str, int]] = {"psnr_db": 2, "kd": 5, "perceptual": 4, "latent_left": 4}
 
@@ -150,13 +149,6 @@ def adapter_words(results: Results) -> Iterator[str]:
         f"{100 * printed:.0f} % off"
         " LPIPS."
     )
-
-
-def mean_over_snrs(results: Results, name: str, metric: str) -> Figure | None:
-    rows: list[Row] = []
-    for snr_db in results.snrs_db:
-        rows += results.cell(name, "awgn", snr_db)
-    return results.mean(rows, metric)
 
 
 def metric_name(results: Results, metric: str) -> str:

@@ -4,6 +4,7 @@ Every verdict comes from `evaluation.claims`; fewer than `ENOUGH` faces are call
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Final
 
@@ -12,7 +13,6 @@ from evaluation.bounds import capacity_bits, least_snr_db, lmmse_left, rate_dist
 from evaluation.candidates import OURS, PER_SNR, RAW, UNMATCHED, parameters, steps_name, steps_of
 from evaluation.claims import (
     adapter_words,
-    mean_over_snrs,
     metric_name,
     quality_words,
     show,
@@ -226,9 +226,7 @@ def changes_page(results: Results) -> list[str]:
             show(results.mean(results.side_cell(name, s), "perceptual"), "perceptual")
             for s in results.snrs_db
         ]
-        lines.append(
-            f"| {number} | {show(mean_over_snrs(results, name, 'seconds'))} | {' | '.join(cells)} |"
-        )
+        lines.append(f"| {number} | {_seconds(results, name)} | {' | '.join(cells)} |")
     lines += ["", *steps_words(results, steps), "", "## Matching", ""]
     lines += [
         "Without it, one walk along the field of the length that its mean slope predicts, and"
@@ -249,6 +247,12 @@ def changes_page(results: Results) -> list[str]:
         *adapter_words(results),
     ]
     return lines
+
+
+def _seconds(results: Results, name: str) -> str:
+    """Mean seconds of a candidate over all SNRs, AWGN."""
+    cells = [results.cell(name, "awgn", snr_db) for snr_db in results.snrs_db]
+    return show(results.mean(chain.from_iterable(cells), "seconds"))
 
 
 def costs_page(results: Results, bundle: Bundle) -> list[str]:

@@ -16,8 +16,7 @@ the agreement of a hundred of them, and faces without it are ghosts. So after `p
 a second one looks at the draft, which is one matrix product: frozen features of SqueezeNet, a few
 spectrally normalised convolutions on each of four layers, hinge loss (Projected GAN, Sauer et al.
 2021), both sides flipped, moved and coloured at random. At last the spread of each number is set
-(`calibrate`). The rest of the generator is left as it is:
-renderings and edits do not change.
+(`calibrate`). The rest of the generator is left as it is: renderings and edits do not change.
 """
 
 from collections.abc import Callable
