@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import pytest
+import structlog
+
+from shared.settings import AT_BARRIERS, Settings
 
 # Before torch is imported, here and in every process a test starts: more threads than cores, or two
 # test processes that both take all of them, cost several times the work itself.
 os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
-# Threads that spin at a barrier make a busy machine ten times slower.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+os.environ.update({**AT_BARRIERS, **os.environ})
 
-import pytest
 import torch
-
-from shared.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -24,6 +25,21 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture(scope="session", autouse=True)
 def _threads() -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _logs() -> None:
+    """Services in this process log to its stderr: what a command prints is the command's alone."""
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(file=sys.__stderr__))
+
+
+@pytest.fixture
+def logging_undone() -> Iterator[None]:
+    """For a test that configures logging: afterwards it is as it was."""
+    before = structlog.get_config()
+    yield
+    structlog.contextvars.clear_contextvars()
+    structlog.configure(**before)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -14,7 +14,6 @@ from typing import Any
 
 import httpx
 import pytest
-import structlog
 from fastapi.testclient import TestClient
 from PIL import Image, PngImagePlugin
 
@@ -252,38 +251,35 @@ def test_an_accepted_edit_survives_kill_9(
 # ----------------------------------------------------------------------------------------- the logs
 
 
+@pytest.mark.usefixtures("logging_undone")
 def test_logs_have_the_request_and_not_what_was_in_it(
     services: Settings, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every line of gateway and services, over all that can happen to a request."""
     configure_logging("all", "info")
     photo = png()
-    try:
-        with TestClient(create_app(Link(services)), raise_server_exceptions=False) as client:
-            mine = {"x-request-id": "mine-7"}
-            for accept in ("application/json", "image/png", "text/event-stream"):
-                post(client, photo=photo, data={"instruction": SENTENCE},
-                     headers={**mine, "accept": accept})  # fmt: skip
-            post(client, photo=photo, data={"instruction": SENTENCE, "snr_db": SENTENCE},
-                 headers=mine)  # fmt: skip
-            post(client, photo=b"Theodor", data={"instruction": SENTENCE}, headers=mine)
-            later = post(client, photo=photo, data={"instruction": SENTENCE},
-                         headers={**mine, "prefer": "respond-async"})  # fmt: skip
-            until_done(client, later.headers["location"])
-            client.post("/v1/instructions", json={"text": SENTENCE}, headers=mine)
-            client.post("/v1/instructions", json={"text": "Theodor \U0001f600"}, headers=mine)
-            client.get("/v1/edits/Theodor", headers=mine)
-            client.delete(later.headers["location"], headers=mine)
+    with TestClient(create_app(Link(services)), raise_server_exceptions=False) as client:
+        mine = {"x-request-id": "mine-7"}
+        for accept in ("application/json", "image/png", "text/event-stream"):
+            post(client, photo=photo, data={"instruction": SENTENCE},
+                 headers={**mine, "accept": accept})  # fmt: skip
+        post(client, photo=photo, data={"instruction": SENTENCE, "snr_db": SENTENCE},
+             headers=mine)  # fmt: skip
+        post(client, photo=b"Theodor", data={"instruction": SENTENCE}, headers=mine)
+        later = post(client, photo=photo, data={"instruction": SENTENCE},
+                     headers={**mine, "prefer": "respond-async"})  # fmt: skip
+        until_done(client, later.headers["location"])
+        client.post("/v1/instructions", json={"text": SENTENCE}, headers=mine)
+        client.post("/v1/instructions", json={"text": "Theodor \U0001f600"}, headers=mine)
+        client.get("/v1/edits/Theodor", headers=mine)
+        client.delete(later.headers["location"], headers=mine)
 
-            async def bug(*_: object, **__: object) -> None:
-                raise KeyError(SENTENCE)
+        async def bug(*_: object, **__: object) -> None:
+            raise KeyError(SENTENCE)
 
-            monkeypatch.setattr(Link, "read", bug)
-            broken = client.post("/v1/instructions", json={"text": SENTENCE}, headers=mine)
-            assert broken.status_code == 500
-    finally:
-        structlog.contextvars.clear_contextvars()
-        structlog.reset_defaults()
+        monkeypatch.setattr(Link, "read", bug)
+        broken = client.post("/v1/instructions", json={"text": SENTENCE}, headers=mine)
+        assert broken.status_code == 500
     text = capfd.readouterr().err
     lines = [json.loads(line) for line in text.splitlines() if line.strip()]
     assert len(lines) > 20

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import structlog
 import torch
 from PIL import Image
 
@@ -130,6 +129,7 @@ def test_the_receiver_refuses_broken_frames(
     assert len(stub.Receive(_request(), timeout=5).png) == 1  # the next call is served
 
 
+@pytest.mark.usefixtures("logging_undone")
 @pytest.mark.parametrize("broken", ["missing", "changed"])
 def test_a_broken_bundle_stops_the_process_with_a_message(
     broken: str,
@@ -144,11 +144,7 @@ def test_a_broken_bundle_stops_the_process_with_a_message(
         for path in small_bundle.iterdir():
             (tmp_path / path.name).write_bytes(path.read_bytes())
         (tmp_path / "generator.safetensors").write_bytes(b"something else")
-    try:
-        status = serve(Settings(receiver_port=0, weights=tmp_path), "receiver", register)
-    finally:
-        structlog.contextvars.clear_contextvars()
-        structlog.reset_defaults()
+    status = serve(Settings(receiver_port=0, weights=tmp_path), "receiver", register)
     told = capfd.readouterr().err.splitlines()[-1]
     assert status == 1
     assert told.startswith("the receiver cannot start: ")

@@ -1,7 +1,6 @@
 """Logs, metrics and settings."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,12 +10,7 @@ from pydantic import ValidationError
 from shared.settings import Settings, settings_from_flags
 from shared.telemetry import Metrics, Stopwatch, configure_logging, logger
 
-
-@pytest.fixture(autouse=True)
-def _logging() -> Iterator[None]:
-    yield
-    structlog.contextvars.clear_contextvars()
-    structlog.reset_defaults()
+pytestmark = pytest.mark.usefixtures("logging_undone")
 
 
 @pytest.mark.parametrize("level", ["info", "warning", "error"])

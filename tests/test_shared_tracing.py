@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import structlog
 from fastapi.testclient import TestClient
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -196,15 +195,12 @@ def test_what_is_no_traceparent_begins_a_trace_of_its_own(text: str) -> None:
     assert span.parent is None
 
 
+@pytest.mark.usefixtures("logging_undone")
 def test_log_lines_carry_the_trace(
     traced: tuple[InMemorySpanExporter, Settings], capfd: pytest.CaptureFixture[str]
 ) -> None:
     configure_logging("all")
-    try:
-        edit(traced, {"traceparent": PARENT})
-    finally:
-        structlog.contextvars.clear_contextvars()
-        structlog.reset_defaults()
+    edit(traced, {"traceparent": PARENT})
     lines = [json.loads(line) for line in capfd.readouterr().err.splitlines() if line[:1] == "{"]
     assert len(lines) >= 4
     assert {line["trace_id"] for line in lines} == {TRACE}
