@@ -143,7 +143,7 @@ class Editor:
     def degrees(self, image: Tensor) -> tuple[int, ...]:
         """Degrees 0..5 of the five attributes that the predictor sees in image [1, 3, S, S]."""
         nets = self.transmitter
-        return _plain(nets.predictor.degrees(image.to(nets.device))[0])
+        return _plain(nets.guide.degrees(image.to(nets.device))[0])
 
     def __call__(
         self, face: Tensor, edit: Edit | None, quality: Quality, watch: Watch | None = None

@@ -11,7 +11,7 @@ from shared.errors import InvalidRequest
 from training.run import RunOptions
 
 # What `all` trains, in order: the mapping network, the fields and the adapters want the generator
-# and its inversion encoder, the fields also the predictor and the adapters. The judge only
+# and its inversion encoder, the opinions also the adapters, the fields all of them. The judge only
 # evaluates. The baselines' codec, `deepsc`, is no part of the link.
 ORDER: Final = (
     "predictor",
@@ -20,6 +20,7 @@ ORDER: Final = (
     "generator",
     "mapping",
     "adapters",
+    "opinions",
     "fields",
     "judge",
 )
@@ -52,6 +53,10 @@ def recipe(name: str) -> Callable[[RunOptions], None]:
             from training import fields
 
             return fields.train
+        case "opinions":
+            from training import opinions
+
+            return opinions.train
         case "adapters":
             from training import adapters
 

@@ -169,11 +169,11 @@ class UnmatchedEditor(RememberingEditor):
         nets, index = self.transmitter, edit.attribute.index
         with watch("edit"), torch.no_grad():
             scores = nets.seen(w)
-            before = nets.predictor.score_degrees(scores)[0]
+            before = nets.guide.score_degrees(scores)[0]
             expected = edit.expected(int(before[index]))
             steps = 0
             if expected != int(before[index]):
-                rise = _aim(nets.predictor.cuts[index].tolist(), expected) - float(scores[0, index])
+                rise = _aim(nets.guide.cuts[index].tolist(), expected) - float(scores[0, index])
                 turn_rad = math.copysign(nets.fields.config.step_rad, rise)
                 slope = max(nets.fields.config.slopes[index], 1e-6)  # of the score, per radian
                 steps = min(LONGEST_WALK, max(1, round(abs(rise) / (slope * abs(turn_rad)))))

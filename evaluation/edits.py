@@ -87,7 +87,7 @@ def edit_faces(
         plain_degrees = expected_degree(judge.score_logits(plain_scores))
         who = embed(face)
         same_plain = float((embed(plain) * who).sum())
-        guide = transmitter.predictor
+        guide = transmitter.guide
         before = guide.score_degrees(transmitter.seen(w))[0]
         for edit in possible_edits(before):
             found = match(

@@ -126,11 +126,11 @@ def run(
                 edit,
                 generator=transmitter.generator,
                 fields=transmitter.fields,
-                predictor=transmitter.predictor,
+                predictor=transmitter.guide,
                 arrival=transmitter.arrival(snr_db),
                 limits=quality,
             )
-            after = transmitter.predictor.degrees(through(found.w, number))[0]
+            after = transmitter.guide.degrees(through(found.w, number))[0]
             index = edit.attribute.index
             step = int(after[index]) - int(found.before[index])
             name = f"{edit.attribute.value} {edit.direction}"
@@ -147,7 +147,7 @@ def run(
 
 def _possible(transmitter: Transmitter, w: Tensor, change: int) -> Iterator[Edit]:
     """Edits by +-change of every attribute that is not at that end already."""
-    before = transmitter.predictor.score_degrees(transmitter.seen(w))[0]
+    before = transmitter.guide.score_degrees(transmitter.seen(w))[0]
     for attribute in ATTRIBUTES:
         degree = int(before[attribute.index])
         if degree < MAX_DEGREE:

@@ -27,7 +27,7 @@ from shared.images import to_uint8
 from shared.stylegan2 import Generator
 from transmitter.editing import arrival_of, match
 from transmitter.fields import Fields
-from transmitter.predictor import Predictor
+from transmitter.opinions import Opinions
 
 SHOWN = 20
 COLUMNS: Final = 10
@@ -59,7 +59,7 @@ class Studio:
     """The nets that sheets need, and the sampled faces to choose from."""
 
     def __init__(self, bundle: Bundle, snr_db: float, candidates: int) -> None:
-        self.fields, self.predictor = Fields.from_bundle(bundle), Predictor.from_bundle(bundle)
+        self.fields, self.guide = Fields.from_bundle(bundle), Opinions.from_bundle(bundle)
         adapters = Adapters.from_bundle(bundle)
         self.generator = Generator.from_bundle(bundle)
         self.route, self.snr_db = Route(adapters, self.generator), snr_db
@@ -70,16 +70,15 @@ class Studio:
     def _sample(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Latents [N, 512] of the seeds 0..N-1, their scores [N, 5], how male they look [N]."""
         latents, scores, male = [], [], []
-        named = self.predictor.config.auxiliary
+        named = self.guide.first.config.auxiliary
         for start in range(0, count, BATCH):
             seeds = range(start, min(start + BATCH, count))
             z = torch.cat([_z(seed, self.generator.config.z_dim) for seed in seeds])
             w = self.generator.mapping(z)
             image = self.generator.synthesis(w).clamp(-1, 1)
-            flat = self.predictor.features(image)[-1].float().flatten(1)
-            found, evidence = self.predictor.heads(flat)
+            _, evidence = self.guide.first.heads(self.guide.first.features(image)[-1].flatten(1))
             latents.append(w)
-            scores.append(found)
+            scores.append(self.guide.steady_scores(image))
             male.append(
                 evidence[:, named.index("Male")] if "Male" in named else torch.zeros(len(w))
             )
@@ -92,7 +91,7 @@ class Studio:
         filled up with those whose score is highest.
         """
         index = sheet.attribute.index
-        degree = self.predictor.score_degrees(self.scores)[:, index]
+        degree = self.guide.score_degrees(self.scores)[:, index]
         fits = degree == 0 if sheet.target else degree >= 3
         if sheet.attribute is Attribute.BEARD and sheet.target:
             fits = fits & (self.male > 0)
@@ -113,7 +112,7 @@ class Studio:
                 Edit(sheet.attribute, target=sheet.target),
                 generator=self.generator,
                 fields=self.fields,
-                predictor=self.predictor,
+                predictor=self.guide,
                 arrival=self.arrival,
                 limits="balanced",
             )

@@ -4,7 +4,7 @@
 
     weights/celeba-128/
         bundle.json              per net: file, sha256, bytes, config, provenance; scores of all
-        generator.safetensors    one file per net, fp16 unless the net asks for more
+        generator.safetensors    one file per net, fp16 unless the net asks for more or less
         inversion.safetensors
         ...
 
@@ -17,7 +17,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,8 @@ from shared.errors import BundleError
 
 FORMAT = 1
 INDEX = "bundle.json"
+
+_SCALE = ".scale"  # beside a tensor that is kept in a byte
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -141,11 +143,17 @@ class Bundle:
         return data
 
     def tensors(self, net: str) -> dict[str, Tensor]:
-        """The net's tensors; floating ones as float32."""
-        return {
+        """The net's tensors; floating ones, and those that were kept in a byte, as float32."""
+        stored = load(self._bytes(net))
+        scales = {key: stored.pop(key) for key in list(stored) if key.endswith(_SCALE)}
+        found = {
             key: value.float() if value.is_floating_point() else value
-            for key, value in load(self._bytes(net)).items()
+            for key, value in stored.items()
         }
+        for key, scale in scales.items():
+            name = key.removesuffix(_SCALE)
+            found[name] = found[name] * scale  # [..., n] * [..., 1]
+        return found
 
     def load_into(self, net: str, module: ModuleT) -> ModuleT:
         """Fill `module` (names and shapes must agree), freeze it and set it to inference."""
@@ -166,17 +174,28 @@ def write_net(
     tensors: Mapping[str, Tensor],
     provenance: Mapping[str, Any],
     half: bool = True,
+    bytewise: Collection[str] = (),
 ) -> None:
     """Add or replace one net of the bundle at `folder`, which is made where it is missing.
 
     `half` stores floating tensors as fp16, which halves the file; what overflows it is refused.
+    `bytewise` names tensors to store as int8, every row (last dimension) with a scale of its own:
+    for those whose net does not mind an error of 1/254 of a row's largest number.
     Each file is replaced atomically, the index last, so a reader never sees half a net.
     """
     folder.mkdir(parents=True, exist_ok=True)
     stored: dict[str, Tensor] = {}
+    if unknown := set(bytewise) - set(tensors):
+        raise BundleError(f"net {net!r} has no tensors {sorted(unknown)} to store bytewise")
     for key, value in tensors.items():
         kept = value.detach().cpu().contiguous()
-        if kept.is_floating_point():
+        if key in bytewise:
+            scale = (kept.float().abs().amax(-1, keepdim=True) / 127).clamp(min=1e-30)
+            if not torch.isfinite(scale).all():
+                raise BundleError(f"net {net!r}: tensor {key!r} is not finite")
+            stored[key + _SCALE] = scale
+            kept = (kept.float() / scale).round().to(torch.int8)
+        elif kept.is_floating_point():
             kept = kept.half() if half else kept.float()
             if not torch.isfinite(kept).all():
                 raise BundleError(f"net {net!r}: tensor {key!r} is not finite as {kept.dtype}")

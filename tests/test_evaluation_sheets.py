@@ -28,7 +28,7 @@ def test_six_sheets_are_named_after_what_they_show() -> None:
 def studio(random_bundle: Path) -> Studio:
     """Sampled faces whose scores are set by hand: seed 0 shows the least, seed 11 the most."""
     made = Studio(Bundle.open(random_bundle), 12.0, candidates=12)
-    cuts = made.predictor.cuts
+    cuts = made.guide.cuts
     made.scores = torch.linspace(float(cuts.min()) - 8, float(cuts.max()) + 8, 12)
     made.scores = made.scores[:, None].expand(12, 5).contiguous()
     made.male = torch.tensor([-1.0, 1.0] * 6)
@@ -36,7 +36,7 @@ def studio(random_bundle: Path) -> Studio:
 
 
 def test_faces_to_edit_are_on_the_other_side(studio: Studio) -> None:
-    degrees = studio.predictor.score_degrees(studio.scores)[:, 0]
+    degrees = studio.guide.score_degrees(studio.scores)[:, 0]
     without = int((degrees == 0).sum())
     assert studio.choose(Sheet(Attribute.BANGS, 4), without).tolist() == list(range(without))
     shown = studio.choose(Sheet(Attribute.BANGS, 0), 2)

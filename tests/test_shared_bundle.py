@@ -45,6 +45,35 @@ def test_half_precision_comes_back_as_float32(tmp_path: Path) -> None:
     }
 
 
+def test_what_is_kept_in_a_byte_comes_back_to_a_part_of_its_row(tmp_path: Path) -> None:
+    draws = torch.Generator().manual_seed(0)
+    weight = torch.randn(3, 4, 50, generator=draws) * torch.tensor([1e-3, 1.0, 50.0])[:, None, None]
+    weight[0, 0] = 0
+    tensors = {"weight": weight, "bias": weight[..., 0]}
+    write_net(
+        tmp_path, "n", config={}, tensors=tensors, provenance={}, bytewise=["weight"], half=False
+    )
+    back = Bundle.open(tmp_path).tensors("n")
+    assert set(back) == set(tensors)
+    assert torch.equal(back["bias"], tensors["bias"])
+    off = (back["weight"] - weight).abs()
+    assert (off <= weight.abs().amax(-1, keepdim=True) / 253).all()
+    stored = (tmp_path / "n.safetensors").stat().st_size
+    assert stored < weight.numel() + 4 * (12 + 12) + 400  # bytes, scales, bias, header
+
+
+def test_bytes_are_for_tensors_that_are_there(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="weigth"):
+        write_net(
+            tmp_path,
+            "n",
+            config={},
+            tensors={"weight": torch.zeros(2, 2)},
+            provenance={},
+            bytewise=["weigth"],
+        )
+
+
 def test_whole_numbers_keep_their_type(tmp_path: Path) -> None:
     tensors = {"count": torch.tensor([70000])}
     write_net(tmp_path, "n", config={}, tensors=tensors, provenance={})

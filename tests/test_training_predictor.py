@@ -11,15 +11,18 @@ from shared.bundle import Bundle, write_net
 from shared.errors import InvalidRequest
 from shared.stylegan2 import Generator, GeneratorConfig, to_sphere
 from training import fields as fields_recipe
+from training import opinions as opinions_recipe
 from training import predictor as predictor_recipe
 from training.augment import Augmentation, augment, erase
-from training.data import CELEBA_LABELS, make_fake_data
+from training.data import CELEBA_LABELS, load_faces, make_fake_data
 from training.degrees import LEVELS, MIN_GAP, auc, cut_points, levels
 from training.fields import FieldsRecipe
+from training.opinions import MEMBERS, Reception, received
 from training.predictor import JUDGE_RECIPE, PredictorRecipe, ordered_pairs
 from training.run import RunOptions
 from transmitter.fields import Fields
 from transmitter.inversion import InversionConfig, InversionEncoder
+from transmitter.opinions import OPINIONS, Opinions
 from transmitter.predictor import Predictor, PredictorConfig
 
 P_RECIPE = PredictorRecipe(length=4, batch=3, report_steps=2, calibration_faces=4)
@@ -212,11 +215,11 @@ def bundle_of_tiny_nets(tmp_path: Path) -> Path:
 
 def test_fields_recipe_resumes_exactly(tmp_path: Path, bundle_of_tiny_nets: Path) -> None:
     options = _options(tmp_path, "fields", 4)
-    fields_recipe.train(options, recipe=F_RECIPE, coach_recipe=P_RECIPE)
+    fields_recipe.train(options, recipe=F_RECIPE)
     whole = Bundle.open(bundle_of_tiny_nets).tensors("fields")
     halves = replace(options, runs=tmp_path / "runs-other", steps=2)
     for _ in range(2):
-        fields_recipe.train(halves, recipe=F_RECIPE, coach_recipe=P_RECIPE)
+        fields_recipe.train(halves, recipe=F_RECIPE)
     assert _same(whole, Bundle.open(bundle_of_tiny_nets).tensors("fields"))
     loaded = Fields.from_bundle(Bundle.open(bundle_of_tiny_nets))
     w = to_sphere(torch.randn(2, 512, generator=torch.Generator().manual_seed(0)))
@@ -224,26 +227,53 @@ def test_fields_recipe_resumes_exactly(tmp_path: Path, bundle_of_tiny_nets: Path
     assert len(loaded.config.slopes) == 5
 
 
-def test_the_coach_is_trained_once_and_stays_out_of_the_bundle(
+def test_opinions_are_trained_on_what_arrives_too(
     tmp_path: Path, bundle_of_tiny_nets: Path
 ) -> None:
-    options = _options(tmp_path, "fields", 1)
-    first = predictor_recipe.open_coach(options, recipe=P_RECIPE)
-    again = predictor_recipe.open_coach(options, recipe=replace(P_RECIPE, length=1))
-    assert _same(dict(first.state_dict()), dict(again.state_dict()))
-    assert not Bundle.open(bundle_of_tiny_nets).has("coach")
-    where = Bundle.open(options.runs / "coach-net")
-    assert where.provenance("coach")["seed"] == options.seed + predictor_recipe.COACH_SEED
+    options = _options(tmp_path, "fields", 4)
+    small = {net: replace(each, recipe=P_RECIPE) for net, each in MEMBERS.items()}
+    few = Reception(faces=3)
+    opinions_recipe.train(options, members=small, reception=few)
+    first = {net: Bundle.open(bundle_of_tiny_nets).tensors(net) for net in OPINIONS}
+    assert not _same(first["opinion2"], first["opinion3"])
+    assert len(Opinions.from_bundle(Bundle.open(bundle_of_tiny_nets)).members) == 3
+    halves = replace(options, runs=tmp_path / "runs-other", steps=2)
+    for _ in range(2):
+        opinions_recipe.train(halves, members=small, reception=few)
+    for net in OPINIONS:
+        assert _same(first[net], Bundle.open(bundle_of_tiny_nets).tensors(net))
+    alone = replace(options, runs=tmp_path / "runs-alone", seed=small["opinion2"].seed)
+    predictor_recipe.train(alone, net="opinion2", recipe=P_RECIPE)
+    assert not _same(first["opinion2"], Bundle.open(bundle_of_tiny_nets).tensors("opinion2"))
 
 
-def test_the_coach_is_built_like_neither_of_the_others() -> None:
-    """What is trained against a net like the judge would be judged by its like."""
-    coach, shipped = predictor_recipe.COACH_RECIPE, PredictorRecipe()
-    for other in (JUDGE_RECIPE, shipped):
-        assert coach.resolution != other.resolution
-        assert coach.widths != other.widths
-        assert coach.augmentation != other.augmentation
-    assert predictor_recipe.COACH_SEED not in (0, predictor_recipe.JUDGE_SEED)
+def test_received_faces_keep_their_labels(tmp_path: Path, bundle_of_tiny_nets: Path) -> None:
+    faces = load_faces(tmp_path / "data", "train")
+    bundle = Bundle.open(bundle_of_tiny_nets)
+    seen = received(bundle, faces, Reception(faces=4), torch.device("cpu"), seed=1)
+    assert len(seen) == len(set(seen.names)) == 4
+    assert seen.images.shape == (4, 3, 128, 128)
+    assert seen.images.dtype == torch.uint8
+    for number, name in enumerate(seen.names):
+        row = faces.names.index(name)
+        assert torch.equal(seen.labels[number], faces.labels[row])
+        assert not torch.equal(seen.images[number], faces.images[row])
+
+
+def test_opinions_need_the_generator(tmp_path: Path) -> None:
+    make_fake_data(tmp_path / "data", 3)
+    predictor_recipe.train(_options(tmp_path, "bare", 1), recipe=P_RECIPE)
+    with pytest.raises(InvalidRequest, match="generator"):
+        opinions_recipe.train(_options(tmp_path, "bare", 1))
+
+
+def test_opinions_are_built_like_neither_of_the_others() -> None:
+    """What guides a walk together with a net like the judge would be judged by its like."""
+    trunks = [PredictorRecipe(), JUDGE_RECIPE, *(each.recipe for each in MEMBERS.values())]
+    for what in ("resolution", "widths", "augmentation"):
+        assert len({str(getattr(each, what)) for each in trunks}) == len(trunks)
+    seeds = [0, predictor_recipe.JUDGE_SEED, *(each.seed for each in MEMBERS.values())]
+    assert len(set(seeds)) == len(seeds)
 
 
 def test_walks_aim_at_the_middle_of_the_degree() -> None:
@@ -254,7 +284,7 @@ def test_walks_aim_at_the_middle_of_the_degree() -> None:
 
 def test_fields_of_other_nets_are_not_resumed(tmp_path: Path, bundle_of_tiny_nets: Path) -> None:
     options = _options(tmp_path, "fields", 1)
-    fields_recipe.train(options, recipe=F_RECIPE, coach_recipe=P_RECIPE)
+    fields_recipe.train(options, recipe=F_RECIPE)
     generator = Generator(GeneratorConfig(channels=(16, 16, 8, 8, 4, 4), mapping_layers=1))
     write_net(
         bundle_of_tiny_nets,
@@ -264,8 +294,8 @@ def test_fields_of_other_nets_are_not_resumed(tmp_path: Path, bundle_of_tiny_net
         provenance={},
     )
     with pytest.raises(InvalidRequest, match="--fresh"):
-        fields_recipe.train(options, recipe=F_RECIPE, coach_recipe=P_RECIPE)
-    fields_recipe.train(replace(options, fresh=True), recipe=F_RECIPE, coach_recipe=P_RECIPE)
+        fields_recipe.train(options, recipe=F_RECIPE)
+    fields_recipe.train(replace(options, fresh=True), recipe=F_RECIPE)
 
 
 def test_fields_need_the_nets_they_edit(tmp_path: Path) -> None:

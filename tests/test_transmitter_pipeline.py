@@ -62,8 +62,8 @@ def test_what_was_sent_is_shown_as_sent_and_foreseen_as_it_arrives(
     arrived = transmitter.generator.synthesis(transmitter.arrival(snr_db)(w))
     assert float((arrived - sent.sent).abs().max()) > 0.01
     if sent.match_steps:
-        scores = transmitter.predictor.steady_scores(arrived)
-        assert tuple(transmitter.predictor.score_degrees(scores)[0].tolist()) == sent.after
+        scores = transmitter.guide.steady_scores(arrived)
+        assert tuple(transmitter.guide.score_degrees(scores)[0].tolist()) == sent.after
 
 
 def test_the_same_photo_gives_the_same_symbols(transmitter: Transmitter, photo: bytes) -> None:

@@ -50,14 +50,18 @@ class FaceSet:
 
     def first(self, count: int) -> "FaceSet":
         """The first `count` faces, or all where there are fewer."""
-        part = slice(0, count)
+        index = torch.arange(min(count, len(self)))
+        return self.pick(index, self.images[index])
+
+    def pick(self, index: Tensor, images: Tensor) -> "FaceSet":
+        """The faces at `index` [M], shown by other `images` [M, 3, S, S] uint8."""
         return FaceSet(
-            self.names[part],
-            self.images[part],
-            self.labels[part],
+            tuple(self.names[i] for i in index.tolist()),
+            images,
+            self.labels[index],
             self.label_names,
-            self.identities[part],
-            self.landmarks[part],
+            self.identities[index],
+            self.landmarks[index],
         )
 
     def label(self, name: str) -> Tensor:

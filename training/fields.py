@@ -1,6 +1,6 @@
 """Recipe: the fields M_a, one per attribute, that the transmitter walks along to edit a latent.
 
-    training faces --inversion encoder--> codes w --G--> pictures --P, coach--> scores
+    training faces --inversion encoder--> codes w --G--> pictures --opinions--> scores
                                              |                   `--EdgeFace--> who it is
         1. start: how w differs between real faces with less and more of it (training/nature.py)
         2. training: w --walk--> w' --A_CE, noise, A_CD--> G --in range--> picture --> losses
@@ -10,9 +10,8 @@ badly; jittered and sampled codes are mixed in.
 
 An edit has to be visible, and a pattern that fools P is not. So what is judged is what arrives: the
 walked latent has crossed the channel, with its noise, and the picture is cut to its range (left to
-itself a field draws blacker than black, which P takes for hair). And two predictors have to see the
-degree, in the picture shifted and in its mirror image: P, and a coach that was trained apart and is
-never shipped.
+itself a field draws blacker than black, which P takes for hair). And every predictor that guides
+edits has to see the degree, in the picture shifted and in its mirror image.
 
 How far to walk per unit of score is learned together with the directions. Where the length is
 given, a steeper field is one that overshoots, and nothing makes walks short; yet what an edit costs
@@ -46,20 +45,20 @@ from shared.stylegan2 import Generator, to_sphere
 from training.augment import jitter_geometry
 from training.data import FaceSet, load_faces
 from training.nature import observe
-from training.predictor import PredictorRecipe, open_coach
 from training.run import Run, RunOptions
 from training.teachers import FaceIdentity
 from transmitter.editing import MatchLimits, match
 from transmitter.fields import Fields, FieldsConfig, turn
 from transmitter.inversion import InversionEncoder
-from transmitter.predictor import Predictor, expected_degree
+from transmitter.opinions import OPINIONS, Opinions
+from transmitter.predictor import expected_degree
 
 NAME = "fields"
 
 
 @dataclass(frozen=True)
 class FieldsRecipe:
-    """Lengths, rates, weights of the losses. About 14 minutes on one CPU core, after the coach's 4.
+    """Lengths, rates, weights of the losses. About 16 minutes on one CPU core.
 
     walks: of each attribute in a batch; the hardest ones get most. bias_rate: of the last layer's
     bias, in its own units (its numbers are about 1); learning_rate: of all else. age_identity: how
@@ -92,13 +91,12 @@ class FieldsRecipe:
 
 @dataclass(frozen=True)
 class Codes:
-    """The pool: w [N,512], scores [N,5] of G(w) by P and by the coach, who [N,512] (unit; zero
+    """The pool: w [N,512], scores [N,M,5] of G(w) by each of the opinions, who [N,512] (unit; zero
     without EdgeFace).
     """
 
     w: Tensor
     scores: Tensor
-    coached: Tensor
     who: Tensor
 
 
@@ -108,8 +106,7 @@ class Nets:
 
     generator: Generator
     encoder: InversionEncoder
-    predictor: Predictor
-    coach: Predictor
+    guide: Opinions
     adapters: Adapters
     identity: FaceIdentity | None
 
@@ -129,12 +126,8 @@ class Nets:
         return self.identity(image)
 
 
-def open_nets(
-    options: RunOptions, device: torch.device, coach_recipe: PredictorRecipe | None = None
-) -> Nets:
-    """The bundle's nets and the coach, frozen, on the device; InvalidRequest names the first one
-    missing.
-    """
+def open_nets(options: RunOptions, device: torch.device) -> Nets:
+    """The bundle's nets, frozen, on the device; InvalidRequest names the first one missing."""
     bundle = Bundle.open(options.bundle)
     for net in ("generator", "inversion", "predictor"):
         if not bundle.has(net):
@@ -142,12 +135,10 @@ def open_nets(
                 f"training fields needs {net!r} in {bundle.folder}: train it first"
             )
     known = (options.data / "nets" / "edgeface_xs.torchscript.pt").is_file()
-    coach = open_coach(options, recipe=coach_recipe)
     return Nets(
         Generator.from_bundle(bundle).to(device),
         InversionEncoder.from_bundle(bundle).to(device),
-        Predictor.from_bundle(bundle).to(device),
-        coach.to(device),
+        Opinions.from_bundle(bundle).to(device),
         Adapters.from_bundle(bundle).to(device),
         FaceIdentity(options.data, device) if known else None,
     )
@@ -178,14 +169,14 @@ def collect_codes(
     if sampled:
         z = torch.randn(sampled, nets.generator.config.z_dim, generator=generator).to(device)
         w = torch.cat([w, nets.generator.mapping(z)])
-    scores, coached, who = [], [], []
+    scores, who = [], []
     for part in torch.split(w, 16):
         with torch.autocast(device.type, torch.bfloat16):
             image = nets.generator.synthesis(part).float().clamp(-1, 1)
-            scores.append(nets.predictor.steady_scores(image).float())
-            coached.append(nets.coach.steady_scores(image).float())
+            seen = [net.steady_scores(image).float() for net in nets.guide.members]
+            scores.append(torch.stack(seen, 1))  # [B, M, 5]
         who.append(nets.who(image))
-    return Codes(w, torch.cat(scores), torch.cat(coached), torch.cat(who))
+    return Codes(w, torch.cat(scores), torch.cat(who))
 
 
 @torch.no_grad()
@@ -196,13 +187,14 @@ def measure_slopes(nets: Nets, fields: Fields, codes: Codes, turn_rad: float = 0
     there hardly moves the score.
     """
     some = slice(-len(codes.w) // 2, None)
-    w, start, slopes = codes.w[some][:24], codes.scores[some][:24], []
+    w, slopes = codes.w[some][:24], []
+    start = nets.guide.mean(codes.scores[some][:24].unbind(1))
     for attribute in ATTRIBUTES:
         rises = []
         for sign in (1, -1):
             moved = roll_out_one(fields, w, attribute.index, sign * turn_rad, 3)
             image = nets.generator.synthesis(moved).clamp(-1, 1)
-            end = nets.predictor.steady_scores(image)
+            end = nets.guide.steady_scores(image)
             rises.append(sign * (end - start)[:, attribute.index].mean() / turn_rad)
         slopes.append(max(rises, key=lambda rise: float(rise.abs())))
     return torch.stack(slopes)
@@ -215,21 +207,16 @@ def roll_out_one(fields: Fields, w: Tensor, index: int, turn_rad: float, steps: 
     return w
 
 
-def train(
-    options: RunOptions,
-    *,
-    recipe: FieldsRecipe | None = None,
-    coach_recipe: PredictorRecipe | None = None,
-) -> None:
+def train(options: RunOptions, *, recipe: FieldsRecipe | None = None) -> None:
     """Train the fields of the bundle's generator and write them to it; resumes exactly."""
     recipe = FieldsRecipe() if recipe is None else recipe
-    nets = open_nets(options, options.torch_device(), coach_recipe)
+    nets = open_nets(options, options.torch_device())
     with Run(NAME, options) as run:
         state = run.restore()
         made_of = Bundle.open(options.bundle, verify=False)
         digest = "".join(
             made_of.index["nets"][n]["sha256"][:8]
-            for n in ("generator", "inversion", "predictor", "adapters")
+            for n in ("generator", "inversion", "predictor", *OPINIONS, "adapters")
             if made_of.has(n)
         )
         if state is not None and state["digest"] != digest:
@@ -246,7 +233,7 @@ def train(
             faces = load_faces(options.data, "train")
             axes = observe(
                 nets.encoder,
-                nets.predictor,
+                nets.guide.first,
                 None if nets.identity is None else nets.who,
                 faces,
                 run.device,
@@ -258,7 +245,7 @@ def train(
             fields.start_at(axes)
             log_slopes = measure_slopes(nets, fields, codes).abs().clamp(min=0.5).log()  # [5]
         else:
-            codes = Codes(*(state[key] for key in ("w", "scores", "coached", "who")))
+            codes = Codes(*(state[key] for key in ("w", "scores", "who")))
             log_slopes = state["log_slopes"]
             fields.load_state_dict(state["fields"])
         log_slopes.requires_grad_(True)
@@ -295,6 +282,7 @@ def train(
                 config=fields.config.to_json(),
                 tensors=fields.state_dict(),
                 provenance=run.provenance(nets=digest, validation=scores),
+                bytewise=["weight"],  # most of what they say is in the last bias
             )
 
         totals: dict[str, float] = {}
@@ -349,8 +337,9 @@ def walk_losses(
     rows = torch.arange(len(ATTRIBUTES)).repeat_interleave(torch.tensor(recipe.walks)).to(device)
     count, each = len(rows), torch.arange(len(rows), device=device)
     index = torch.randint(len(codes.w), (count,), generator=draw).to(device)
-    w, scores, coached = codes.w[index], codes.scores[index], codes.coached[index]
-    degree = nets.predictor.score_degrees(scores)[each, rows]  # [B]
+    w, opinions = codes.w[index], codes.scores[index].unbind(1)
+    scores, cuts = nets.guide.mean(opinions), nets.guide.cuts
+    degree = nets.guide.score_degrees(scores)[each, rows]  # [B]
     sign = (2 * torch.randint(0, 2, (count,), generator=draw) - 1).to(device)
     sign = torch.where(degree == 0, 1, torch.where(degree == MAX_DEGREE, -1, sign))
     size = torch.randint(1, 4, (count,), generator=draw).to(device)
@@ -358,7 +347,7 @@ def walk_losses(
     own = torch.zeros(count, len(ATTRIBUTES), device=device)
     own[each, rows] = 1
 
-    aim = aims(nets.predictor.cuts[rows], target)
+    aim = aims(cuts[rows], target)
     need = (aim - scores[each, rows]) / slopes[rows]
     turn_rad = need.clamp(-recipe.largest_turn, recipe.largest_turn)[:, None]
     parts = zip(ATTRIBUTES, w.split(recipe.walks), strict=True)
@@ -369,7 +358,7 @@ def walk_losses(
     view = jitter_geometry(image, draw, shift=0.02, turn_deg=3.0, zoom=0.03)
     seen = torch.cat([view, image.flip(3)])
     reach, others = [], []
-    for net, before in ((nets.predictor, scores), (nets.coach, coached)):
+    for net, before in zip(nets.guide.members, opinions, strict=True):
         with torch.autocast(device.type, torch.bfloat16):
             last = net.features(seen)[-1]
         after = net.heads(last.float().flatten(1))[0].unflatten(0, (2, count)).mean(0)  # [B, 5]
@@ -378,7 +367,7 @@ def walk_losses(
         moved = expected_degree(net.score_logits(after)) - expected_degree(net.score_logits(before))
         others.append(((1 - own) * moved.abs()).sum(1).mean() / (len(ATTRIBUTES) - 1))
     losses = {
-        "target": torch.stack(reach).sum(),
+        "target": 2 * torch.stack(reach).mean(),
         "others": recipe.others_weight * torch.stack(others).mean(),
     }
     if nets.identity is not None:
@@ -416,7 +405,7 @@ def validate(
                     Edit(attribute, change=change),
                     generator=nets.generator,
                     fields=fields,
-                    predictor=nets.predictor,
+                    predictor=nets.guide,
                     limits=limits,
                 )
                 pictures[i] = found.image[0]

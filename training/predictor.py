@@ -14,7 +14,7 @@ trunk at another resolution, other augmentation (parts of the face hidden), its 
 and cuts. The transmitter walks by the first one and never loads the second, so an edit that fools
 the first one is found out by the second.
 
-A third one, `coach`, is trained for the fields' recipe alone (`open_coach`), and no bundle has it.
+Two more guide the transmitter's edits beside P (`training.opinions`).
 
 Put CelebA-Dialog's annotation at `data/celeba128/celeba_dialog.txt` to train with its degrees
 instead.
@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared.attributes import ATTRIBUTES, MAX_DEGREE
-from shared.bundle import INDEX, Bundle, write_net
+from shared.bundle import Bundle, write_net
 from shared.errors import InvalidRequest
 from training.augment import Augmentation, resample
 from training.data import FaceSet, load_faces
@@ -43,14 +43,14 @@ from transmitter.predictor import Predictor, PredictorConfig, read_celeba_dialog
 
 NAME = "predictor"
 JUDGE = "judge"
-COACH = "coach"
 DIALOG_FILE = "celeba_dialog.txt"
 
 
 @dataclass(frozen=True)
 class PredictorRecipe:
     """Lengths, rates, trunk and augmentation. `length` steps of `batch` faces: about 8 epochs, 8
-    minutes on two CPU cores. `resolution`, `widths`, `depths` as `PredictorConfig` has them.
+    minutes on two CPU cores. also_share: of a batch, from other pictures of the faces where there
+    are some. `resolution`, `widths`, `depths` as `PredictorConfig` has them.
     """
 
     length: int = 1800
@@ -62,6 +62,7 @@ class PredictorRecipe:
     checkpoint_minutes: float = 3.0
     report_steps: int = 100
     calibration_faces: int = 4000
+    also_share: float = 0.4
     resolution: int = 128
     widths: tuple[int, ...] = (24, 48, 96, 192, 256)
     depths: tuple[int, ...] = (0, 1, 2, 2, 0)
@@ -81,20 +82,6 @@ JUDGE_RECIPE: Final = PredictorRecipe(
 parameters: 2.8 MB. About 8 minutes on two CPU cores.
 """
 JUDGE_SEED: Final = 7919  # added to the run's: what starts the judge never started the predictor
-
-COACH_RECIPE: Final = PredictorRecipe(
-    length=480,
-    learning_rate=1.5e-3,
-    resolution=112,
-    widths=(24, 56, 112, 176),
-    depths=(0, 1, 2, 1),
-    augmentation=Augmentation(
-        shift=0.05, turn_deg=7.0, zoom=0.10, colour=0.8, noise=0.06, erased=0.25
-    ),
-)
-"""A trunk, a resolution and an augmentation that neither of the others has. About 4 minutes on one
-core."""
-COACH_SEED: Final = 4242
 
 
 class Thresholds(nn.Module):
@@ -139,16 +126,28 @@ def targets(faces: FaceSet, options: RunOptions) -> tuple[Tensor, tuple[int, ...
     return levels(faces.label), LEVELS, "ordered evidence from CelebA's binary labels"
 
 
-def train(options: RunOptions, *, net: str = NAME, recipe: PredictorRecipe | None = None) -> None:
+def train(
+    options: RunOptions,
+    *,
+    net: str = NAME,
+    recipe: PredictorRecipe | None = None,
+    also: FaceSet | None = None,
+) -> None:
     """Train P and write it to `options.bundle` as `net`; resumes exactly. A judge is another `net`
-    and seed.
+    and seed. also: training faces shown otherwise, of which there are some in every batch.
     """
     recipe = PredictorRecipe() if recipe is None else recipe
     with Run(net, options) as run:
         state = run.restore()
         faces, held_out = load_faces(options.data, "train"), load_faces(options.data, "val")
-        level, tops, source = targets(faces, options)
-        labels = (faces.labels > 0).float()  # [N, 40]
+        _, tops, source = targets(faces, options)
+        sets = [faces] if also is None else [faces, also]
+        level = [targets(each, options)[0] for each in sets]  # [N, 5]
+        labels = [(each.labels > 0).float() for each in sets]  # [N, 40]
+        shares = [recipe.batch]
+        if also is not None:
+            others = round(recipe.also_share * recipe.batch)
+            shares = [recipe.batch - others, others]
 
         config = PredictorConfig(
             recipe.resolution, recipe.widths, recipe.depths, faces.label_names, batch_norm=True
@@ -198,16 +197,25 @@ def train(options: RunOptions, *, net: str = NAME, recipe: PredictorRecipe | Non
                 group["lr"] = rate
             # Seeded by the step, so that a resumed run draws what an unbroken one would have.
             generator = torch.Generator().manual_seed(options.seed * 1_000_003 + run.step)
-            index = torch.randint(len(faces), (recipe.batch,), generator=generator)
-            image = recipe.augmentation(faces.batch(index).to(run.device), generator)
+            index = [
+                torch.randint(len(each), (share,), generator=generator)
+                for each, share in zip(sets, shares, strict=True)
+            ]
+            shown = torch.cat([each.batch(i) for each, i in zip(sets, index, strict=True)])
+            image = recipe.augmentation(shown.to(run.device), generator)
+
+            def drawn(of: list[Tensor], index: list[Tensor] = index) -> Tensor:
+                rows = [each[i] for each, i in zip(of, index, strict=True)]
+                return torch.cat(rows).to(run.device)
+
             model.train()
             with torch.autocast(run.device.type, torch.bfloat16):
                 last = model.features(image)[-1]
             flat = last.float().flatten(1)
             scores, evidence = model.heads(flat)
-            loss = thresholds.loss(scores, level[index].to(run.device))
+            loss = thresholds.loss(scores, drawn(level))
             loss = loss + recipe.label_weight * F.binary_cross_entropy_with_logits(
-                evidence, labels[index].to(run.device)
+                evidence, drawn(labels)
             )
             optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(loss)
@@ -232,22 +240,6 @@ def train_judge(options: RunOptions, *, recipe: PredictorRecipe | None = None) -
         net=JUDGE,
         recipe=JUDGE_RECIPE if recipe is None else recipe,
     )
-
-
-def open_coach(options: RunOptions, *, recipe: PredictorRecipe | None = None) -> Predictor:
-    """The predictor that the fields are trained against beside the shipped one: walks that two nets
-    have to believe in are believed by a third more often.
-
-    Kept in `options.runs`, trained there first where it is missing. The judge is never used so: who
-    is trained against it would no longer be judged by it.
-    """
-    folder = options.runs / f"{COACH}-net"
-    if not (folder / INDEX).is_file() or not Bundle.open(folder).has(COACH):
-        own = replace(
-            options, bundle=folder, seed=options.seed + COACH_SEED, minutes=None, steps=None
-        )
-        train(own, net=COACH, recipe=COACH_RECIPE if recipe is None else recipe)
-    return Predictor.from_bundle(Bundle.open(folder), COACH)
 
 
 def learning_rate(recipe: PredictorRecipe, step: int, spent: float) -> float:

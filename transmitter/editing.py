@@ -28,7 +28,7 @@ from shared.adapters import ChannelDecoder, ChannelEncoder
 from shared.attributes import Attribute, Edit
 from shared.batching import Operation, Steps, alone, ask, ask_one
 from shared.errors import Cancelled
-from transmitter.fields import Fields, FieldsConfig
+from transmitter.fields import Fields, FieldsConfig, turn
 
 Quality = Literal["fast", "balanced", "paper"]
 Arrival = Callable[[Tensor], Tensor]
@@ -45,7 +45,8 @@ class MatchLimits:
     max_steps: longest walk. looks: how many pictures may be drawn and judged after the first one;
     None: one per step, in order (the paper's loop). batch: pictures drawn at once. near: a score
     this close to the aim ends the search (degrees are 2 wide; two predictors differ by about 1).
-    stride: the turn of a step, in `step_rad`.
+    stride: the turn of a step, in `step_rad`. straight: steps along a great circle before the field
+    is asked again for its direction (1: the paper's loop; fields are trained on whole walks).
     """
 
     max_steps: int = 40
@@ -53,12 +54,14 @@ class MatchLimits:
     batch: int = 4
     near: float = 0.2
     stride: float = 1.0
+    straight: int = 8
 
     def __post_init__(self) -> None:
-        if self.max_steps < 1 or self.batch < 1 or (self.looks is not None and self.looks < 1):
+        looks = 1 if self.looks is None else self.looks
+        if min(self.max_steps, looks, self.batch, self.straight) < 1:
             raise ValueError(
-                "max_steps, batch and looks must be at least 1, got "
-                f"{self.max_steps}, {self.batch} and {self.looks}"
+                "max_steps, looks, batch and straight must be at least 1, got "
+                f"{self.max_steps}, {self.looks}, {self.batch} and {self.straight}"
             )
 
 
@@ -66,7 +69,7 @@ LIMITS: Mapping[str, MatchLimits] = MappingProxyType(
     {
         "fast": MatchLimits(max_steps=40, looks=5, batch=3),
         "balanced": MatchLimits(max_steps=40, looks=16, batch=4),
-        "paper": MatchLimits(max_steps=100, looks=None, batch=1, stride=0.4),
+        "paper": MatchLimits(max_steps=100, looks=None, batch=1, stride=0.4, straight=1),
     }
 )
 
@@ -99,9 +102,10 @@ class Renderer(Protocol):
 
 
 class Judge(Protocol):
-    """The part of the predictor that is needed; see `transmitter.predictor.Predictor`."""
+    """What is needed of who sees degrees: one `Predictor`, or several as `Opinions`."""
 
-    cuts: Tensor
+    @property
+    def cuts(self) -> Tensor: ...
 
     def steady_scores(self, image: Tensor) -> Tensor: ...
 
@@ -118,12 +122,15 @@ class Look:
 
 @dataclass(frozen=True, eq=False)
 class Stretch:
-    """A part of a walk: from w [1, 512], `steps` turns of `turn_rad` along an attribute's field."""
+    """A part of a walk: from w [1, 512], `steps` turns of `turn_rad` along an attribute's field,
+    `straight` of them at a time in one direction.
+    """
 
     w: Tensor
     attribute: Attribute
     turn_rad: float
     steps: int
+    straight: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,19 +171,24 @@ class Matching:
 
 
 def _walk_together(fields: Fields, stretches: Sequence[Stretch]) -> list[list[Tensor]]:
-    """All stretches, step by step. A field is 8 MB of weights: those on the same one share it."""
+    """All stretches, direction by direction. A field is 8 MB of weights: those on it share it."""
     paths: list[list[Tensor]] = [[] for _ in stretches]
-    for attribute in dict.fromkeys(stretch.attribute for stretch in stretches):
-        going = [i for i, one in enumerate(stretches) if one.attribute is attribute]
+    for attribute, straight in dict.fromkeys((one.attribute, one.straight) for one in stretches):
+        going = [
+            i
+            for i, one in enumerate(stretches)
+            if (one.attribute, one.straight) == (attribute, straight)
+        ]
         w = torch.cat([stretches[i].w for i in going])  # [B, 512]
-        turns = torch.tensor([[stretches[i].turn_rad] for i in going], device=w.device)  # [B, 1]
-        for step in range(max(stretches[i].steps for i in going)):
-            still = [row for row, i in enumerate(going) if stretches[i].steps > step]
-            if len(still) < len(going):
-                going, w, turns = [going[row] for row in still], w[still], turns[still]
-            w = fields.step(w, attribute, turns)
+        while going:
+            turns = w.new_tensor([stretches[i].turn_rad for i in going])[:, None]  # [B, 1]
+            steps = torch.arange(1, straight + 1, device=w.device)[:, None, None]
+            leg = turn(w, fields.direction(w, attribute), steps * turns)  # [straight, B, 512]
             for row, i in enumerate(going):
-                paths[i].append(w[row : row + 1])
+                missing = stretches[i].steps - len(paths[i])
+                paths[i] += leg[:missing, row].split(1)
+            still = [row for row, i in enumerate(going) if len(paths[i]) < stretches[i].steps]
+            going, w = [going[row] for row in still], leg[-1, still]
     return paths
 
 
@@ -233,8 +245,7 @@ def matching(
         raise ValueError(f"w must be [1, {networks.config.width}], got {list(w.shape)}")
     limit = LIMITS[limits] if isinstance(limits, str) else limits
     steps = limit.max_steps if max_steps is None else max_steps
-    turn_rad = limit.stride * networks.config.step_rad
-    walk = _Walk(w, edit, networks, arrival or _as_sent, cancelled, turn_rad)
+    walk = _Walk(w, edit, networks, arrival or _as_sent, cancelled, limit)
     yield from walk.look([0])
     before = walk.degrees(0)
     expected = edit.expected(int(before[walk.index]))  # Eq. (10)
@@ -293,11 +304,12 @@ class _Walk:
         networks: Matching,
         arrival: Arrival,
         cancelled: Callable[[], bool] | None,
-        turn_rad: float,
+        limit: MatchLimits,
     ) -> None:
         self.attribute, self.index = edit.attribute, edit.attribute.index
         self.networks, self.judge, self.arrival = networks, networks.judge, arrival
-        self.cancelled, self.turn_rad = cancelled, turn_rad
+        self.cancelled = cancelled
+        self.turn_rad, self.straight = limit.stride * networks.config.step_rad, limit.straight
         self.path = [w]
         self.scores: dict[int, Tensor] = {}  # step -> scores [5]
         self.sign, self.expected = 1, 0
@@ -331,7 +343,8 @@ class _Walk:
         if not new:
             return
         if (missing := max(new) + 1 - len(self.path)) > 0:
-            stretch = Stretch(self.path[-1], self.attribute, self.sign * self.turn_rad, missing)
+            turn_rad = self.sign * self.turn_rad
+            stretch = Stretch(self.path[-1], self.attribute, turn_rad, missing, self.straight)
             self.path += yield from ask_one(self.networks.walk, stretch)
         if new == [0]:
             latents = self.path[:1]

@@ -29,7 +29,7 @@ from transmitter.editing import Arrival, Matching, Quality, arrival_of, matching
 from transmitter.faces import FaceFinder, align
 from transmitter.fields import Fields
 from transmitter.inversion import InversionEncoder, Inverting, inverting
-from transmitter.predictor import Predictor
+from transmitter.opinions import Opinions
 from transmitter.text import Reading, TextReader
 
 INVERSION_STEPS: dict[Quality, int] = {"fast": 0, "balanced": 10, "paper": 110}
@@ -72,7 +72,7 @@ class Transmitter:
         reader: TextReader,
         encoder: InversionEncoder,
         generator: Generator,
-        predictor: Predictor,
+        guide: Opinions,
         fields: Fields,
         channel_encoder: ChannelEncoder,
         channel_decoder: ChannelDecoder,
@@ -86,7 +86,8 @@ class Transmitter:
         self.reader = reader
         self.encoder = encoder.to(self.device)
         self.generator = generator.to(self.device)
-        self.predictor = predictor.to(self.device)
+        self.guide = guide.to(self.device)
+        self.predictor = self.guide.first
         self.fields = fields.to(self.device)
         self.channel_encoder = channel_encoder.to(self.device)
         self.channel_decoder = channel_decoder.to(self.device)  # the receiver's, to foresee it
@@ -104,7 +105,7 @@ class Transmitter:
             see=hastened(inverting.see),
             descend=hastened(inverting.descend),
         )
-        walks = Matching.of(self.generator, self.fields, self.predictor, most=most)
+        walks = Matching.of(self.generator, self.fields, self.guide, most=most)
         self.matching = replace(
             walks,
             walk=in_shares(walks.walk, self.device, 1),
@@ -126,7 +127,7 @@ class Transmitter:
             reader=TextReader.from_bundle(bundle),
             encoder=InversionEncoder.from_bundle(bundle),
             generator=Generator.from_bundle(bundle),
-            predictor=Predictor.from_bundle(bundle),
+            guide=Opinions.from_bundle(bundle),
             fields=Fields.from_bundle(bundle),
             channel_encoder=adapters.encoder,
             channel_decoder=adapters.decoder,
@@ -229,7 +230,7 @@ class Transmitter:
             symbols = yield from ask_one(self._code, (w, snr_db))  # [1, 256]
         with watch("draw"):
             look = yield from ask_one(self.matching.look, w)
-            seen = self.predictor.score_degrees(look.scores[None])[0]
+            seen = self.guide.score_degrees(look.scores[None])[0]
             after = seen if found is None else found.after
         return Transmission(
             symbols=symbols.cpu(),
