@@ -63,12 +63,12 @@ class RecipeName(StrEnum):
     """What `edsc train` can train, in the order in which `all` does it (without `deepsc`)."""
 
     PREDICTOR = "predictor"
+    OPINIONS = "opinions"
     FACES = "faces"
     TEXT = "text"
     GENERATOR = "generator"
     MAPPING = "mapping"
     ADAPTERS = "adapters"
-    OPINIONS = "opinions"
     FIELDS = "fields"
     JUDGE = "judge"
     DEEPSC = "deepsc"

@@ -11,16 +11,16 @@ from shared.errors import InvalidRequest
 from training.run import RunOptions
 
 # What `all` trains, in order: the mapping network, the fields and the adapters want the generator
-# and its inversion encoder, the opinions also the adapters, the fields all of them. The judge only
+# and its inversion encoder, the fields also the predictors and the adapters. The judge only
 # evaluates. The baselines' codec, `deepsc`, is no part of the link.
 ORDER: Final = (
     "predictor",
+    "opinions",
     "faces",
     "text",
     "generator",
     "mapping",
     "adapters",
-    "opinions",
     "fields",
     "judge",
 )

@@ -14,10 +14,10 @@ from training import fields as fields_recipe
 from training import opinions as opinions_recipe
 from training import predictor as predictor_recipe
 from training.augment import Augmentation, augment, erase
-from training.data import CELEBA_LABELS, load_faces, make_fake_data
+from training.data import CELEBA_LABELS, make_fake_data
 from training.degrees import LEVELS, MIN_GAP, auc, cut_points, levels
 from training.fields import FieldsRecipe
-from training.opinions import MEMBERS, Reception, received
+from training.opinions import MEMBERS
 from training.predictor import JUDGE_RECIPE, PredictorRecipe, ordered_pairs
 from training.run import RunOptions
 from transmitter.fields import Fields
@@ -227,44 +227,16 @@ def test_fields_recipe_resumes_exactly(tmp_path: Path, bundle_of_tiny_nets: Path
     assert len(loaded.config.slopes) == 5
 
 
-def test_opinions_are_trained_on_what_arrives_too(
-    tmp_path: Path, bundle_of_tiny_nets: Path
-) -> None:
+def test_opinions_are_nets_of_the_bundle(tmp_path: Path, bundle_of_tiny_nets: Path) -> None:
     options = _options(tmp_path, "fields", 4)
     small = {net: replace(each, recipe=P_RECIPE) for net, each in MEMBERS.items()}
-    few = Reception(faces=3)
-    opinions_recipe.train(options, members=small, reception=few)
-    first = {net: Bundle.open(bundle_of_tiny_nets).tensors(net) for net in OPINIONS}
-    assert not _same(first["opinion2"], first["opinion3"])
-    assert len(Opinions.from_bundle(Bundle.open(bundle_of_tiny_nets)).members) == 3
-    halves = replace(options, runs=tmp_path / "runs-other", steps=2)
-    for _ in range(2):
-        opinions_recipe.train(halves, members=small, reception=few)
-    for net in OPINIONS:
-        assert _same(first[net], Bundle.open(bundle_of_tiny_nets).tensors(net))
-    alone = replace(options, runs=tmp_path / "runs-alone", seed=small["opinion2"].seed)
-    predictor_recipe.train(alone, net="opinion2", recipe=P_RECIPE)
-    assert not _same(first["opinion2"], Bundle.open(bundle_of_tiny_nets).tensors("opinion2"))
-
-
-def test_received_faces_keep_their_labels(tmp_path: Path, bundle_of_tiny_nets: Path) -> None:
-    faces = load_faces(tmp_path / "data", "train")
+    opinions_recipe.train(options, members=small)
     bundle = Bundle.open(bundle_of_tiny_nets)
-    seen = received(bundle, faces, Reception(faces=4), torch.device("cpu"), seed=1)
-    assert len(seen) == len(set(seen.names)) == 4
-    assert seen.images.shape == (4, 3, 128, 128)
-    assert seen.images.dtype == torch.uint8
-    for number, name in enumerate(seen.names):
-        row = faces.names.index(name)
-        assert torch.equal(seen.labels[number], faces.labels[row])
-        assert not torch.equal(seen.images[number], faces.images[row])
-
-
-def test_opinions_need_the_generator(tmp_path: Path) -> None:
-    make_fake_data(tmp_path / "data", 3)
-    predictor_recipe.train(_options(tmp_path, "bare", 1), recipe=P_RECIPE)
-    with pytest.raises(InvalidRequest, match="generator"):
-        opinions_recipe.train(_options(tmp_path, "bare", 1))
+    assert not _same(bundle.tensors(OPINIONS[0]), bundle.tensors(OPINIONS[1]))
+    assert len(Opinions.from_bundle(bundle).members) == 3
+    for net, member in MEMBERS.items():
+        assert bundle.provenance(net)["seed"] == options.seed + member.seed
+    fields_recipe.train(replace(options, steps=1), recipe=F_RECIPE)  # against all three
 
 
 def test_opinions_are_built_like_neither_of_the_others() -> None:

@@ -50,18 +50,14 @@ class FaceSet:
 
     def first(self, count: int) -> "FaceSet":
         """The first `count` faces, or all where there are fewer."""
-        index = torch.arange(min(count, len(self)))
-        return self.pick(index, self.images[index])
-
-    def pick(self, index: Tensor, images: Tensor) -> "FaceSet":
-        """The faces at `index` [M], shown by other `images` [M, 3, S, S] uint8."""
+        part = slice(0, count)
         return FaceSet(
-            tuple(self.names[i] for i in index.tolist()),
-            images,
-            self.labels[index],
+            self.names[part],
+            self.images[part],
+            self.labels[part],
             self.label_names,
-            self.identities[index],
-            self.landmarks[index],
+            self.identities[part],
+            self.landmarks[part],
         )
 
     def label(self, name: str) -> Tensor:

@@ -49,8 +49,7 @@ DIALOG_FILE = "celeba_dialog.txt"
 @dataclass(frozen=True)
 class PredictorRecipe:
     """Lengths, rates, trunk and augmentation. `length` steps of `batch` faces: about 8 epochs, 8
-    minutes on two CPU cores. also_share: of a batch, from other pictures of the faces where there
-    are some. `resolution`, `widths`, `depths` as `PredictorConfig` has them.
+    minutes on two CPU cores. `resolution`, `widths`, `depths` as `PredictorConfig` has them.
     """
 
     length: int = 1800
@@ -62,7 +61,6 @@ class PredictorRecipe:
     checkpoint_minutes: float = 3.0
     report_steps: int = 100
     calibration_faces: int = 4000
-    also_share: float = 0.4
     resolution: int = 128
     widths: tuple[int, ...] = (24, 48, 96, 192, 256)
     depths: tuple[int, ...] = (0, 1, 2, 2, 0)
@@ -126,28 +124,16 @@ def targets(faces: FaceSet, options: RunOptions) -> tuple[Tensor, tuple[int, ...
     return levels(faces.label), LEVELS, "ordered evidence from CelebA's binary labels"
 
 
-def train(
-    options: RunOptions,
-    *,
-    net: str = NAME,
-    recipe: PredictorRecipe | None = None,
-    also: FaceSet | None = None,
-) -> None:
+def train(options: RunOptions, *, net: str = NAME, recipe: PredictorRecipe | None = None) -> None:
     """Train P and write it to `options.bundle` as `net`; resumes exactly. A judge is another `net`
-    and seed. also: training faces shown otherwise, of which there are some in every batch.
+    and seed.
     """
     recipe = PredictorRecipe() if recipe is None else recipe
     with Run(net, options) as run:
         state = run.restore()
         faces, held_out = load_faces(options.data, "train"), load_faces(options.data, "val")
-        _, tops, source = targets(faces, options)
-        sets = [faces] if also is None else [faces, also]
-        level = [targets(each, options)[0] for each in sets]  # [N, 5]
-        labels = [(each.labels > 0).float() for each in sets]  # [N, 40]
-        shares = [recipe.batch]
-        if also is not None:
-            others = round(recipe.also_share * recipe.batch)
-            shares = [recipe.batch - others, others]
+        level, tops, source = targets(faces, options)
+        labels = (faces.labels > 0).float()  # [N, 40]
 
         config = PredictorConfig(
             recipe.resolution, recipe.widths, recipe.depths, faces.label_names, batch_norm=True
@@ -197,25 +183,16 @@ def train(
                 group["lr"] = rate
             # Seeded by the step, so that a resumed run draws what an unbroken one would have.
             generator = torch.Generator().manual_seed(options.seed * 1_000_003 + run.step)
-            index = [
-                torch.randint(len(each), (share,), generator=generator)
-                for each, share in zip(sets, shares, strict=True)
-            ]
-            shown = torch.cat([each.batch(i) for each, i in zip(sets, index, strict=True)])
-            image = recipe.augmentation(shown.to(run.device), generator)
-
-            def drawn(of: list[Tensor], index: list[Tensor] = index) -> Tensor:
-                rows = [each[i] for each, i in zip(of, index, strict=True)]
-                return torch.cat(rows).to(run.device)
-
+            index = torch.randint(len(faces), (recipe.batch,), generator=generator)
+            image = recipe.augmentation(faces.batch(index).to(run.device), generator)
             model.train()
             with torch.autocast(run.device.type, torch.bfloat16):
                 last = model.features(image)[-1]
             flat = last.float().flatten(1)
             scores, evidence = model.heads(flat)
-            loss = thresholds.loss(scores, drawn(level))
+            loss = thresholds.loss(scores, level[index].to(run.device))
             loss = loss + recipe.label_weight * F.binary_cross_entropy_with_logits(
-                evidence, drawn(labels)
+                evidence, labels[index].to(run.device)
             )
             optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(loss)
