@@ -20,8 +20,9 @@ is the person, and that grows with the length of the walk.
 Most of a field is one direction for everybody (cosine .996 to .999 between faces after 223 steps of
 all layers), so the last bias learns fast and the layers slowly.
 
-Losses, Eqs. (12) to (14): distance of both scores from the middle of the asked degree; the other
-attributes keep their degrees; the same person (1 - cosine of EdgeFace).
+Losses, Eqs. (12) to (14): distance of the scores from the middle of the asked degree; the other
+attributes keep their degrees; the same person (1 - cosine of EdgeFace). And the same light, which
+neither predictors nor EdgeFace mind: left to itself, a younger face is a burnt-out one.
 
 Run it again whenever the generator, the inversion encoder, the predictor or the adapters in the
 bundle have changed.
@@ -62,12 +63,13 @@ class FieldsRecipe:
 
     walks: of each attribute in a batch; the hardest ones get most. bias_rate: of the last layer's
     bias, in its own units (its numbers are about 1); learning_rate: of all else. age_identity: how
-    much of the identity loss counts for age, which is part of who one is.
+    much of the identity loss counts for age, which is part of who one is. light_weight: of the
+    squared change of the picture's coarse colours.
     """
 
     length: int = 280
     depth: int = 8
-    walks: tuple[int, ...] = (3, 3, 2, 2, 1)
+    walks: tuple[int, ...] = (3, 3, 2, 1, 2)
     codes: int = 600
     sampled_share: float = 0.1
     jittered_share: float = 0.1
@@ -80,9 +82,10 @@ class FieldsRecipe:
     largest_turn: float = 0.8
     lowest_snr_db: float = 9.0
     highest_snr_db: float = 18.0
-    identity_weight: float = 8.0
-    age_identity: float = 0.1
+    identity_weight: float = 18.0
+    age_identity: float = 0.5
     others_weight: float = 0.5
+    light_weight: float = 25.0
     natural_faces: int = 3000
     checkpoint_minutes: float = 5.0
     report_steps: int = 10
@@ -92,12 +95,13 @@ class FieldsRecipe:
 @dataclass(frozen=True)
 class Codes:
     """The pool: w [N,512], scores [N,M,5] of G(w) by each of the opinions, who [N,512] (unit; zero
-    without EdgeFace).
+    without EdgeFace), light [N,3,8,8]: G(w) reduced to its coarse colours.
     """
 
     w: Tensor
     scores: Tensor
     who: Tensor
+    light: Tensor
 
 
 @dataclass(frozen=True)
@@ -169,14 +173,20 @@ def collect_codes(
     if sampled:
         z = torch.randn(sampled, nets.generator.config.z_dim, generator=generator).to(device)
         w = torch.cat([w, nets.generator.mapping(z)])
-    scores, who = [], []
+    scores, who, light = [], [], []
     for part in torch.split(w, 16):
         with torch.autocast(device.type, torch.bfloat16):
             image = nets.generator.synthesis(part).float().clamp(-1, 1)
             seen = [net.steady_scores(image).float() for net in nets.guide.members]
             scores.append(torch.stack(seen, 1))  # [B, M, 5]
         who.append(nets.who(image))
-    return Codes(w, torch.cat(scores), torch.cat(who))
+        light.append(coarse(image))
+    return Codes(w, torch.cat(scores), torch.cat(who), torch.cat(light))
+
+
+def coarse(image: Tensor) -> Tensor:
+    """The colours [B,3,8,8] of the 64 parts of pictures [B,3,S,S]."""
+    return F.adaptive_avg_pool2d(image, 8)
 
 
 @torch.no_grad()
@@ -245,7 +255,7 @@ def train(options: RunOptions, *, recipe: FieldsRecipe | None = None) -> None:
             fields.start_at(axes)
             log_slopes = measure_slopes(nets, fields, codes).abs().clamp(min=0.5).log()  # [5]
         else:
-            codes = Codes(*(state[key] for key in ("w", "scores", "who")))
+            codes = Codes(*(state[key] for key in ("w", "scores", "who", "light")))
             log_slopes = state["log_slopes"]
             fields.load_state_dict(state["fields"])
         log_slopes.requires_grad_(True)
@@ -374,6 +384,7 @@ def walk_losses(
         changed = 1 - (nets.who(image) * codes.who[index]).sum(1)
         counts = torch.where(rows == Attribute.AGE.index, recipe.age_identity, 1.0)
         losses["identity"] = recipe.identity_weight * (counts * changed).mean()  # Eq. (13)
+    losses["light"] = recipe.light_weight * (coarse(image) - codes.light[index]).square().mean()
     return losses
 
 
