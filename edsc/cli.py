@@ -7,13 +7,13 @@ wrong on purpose ends as one line on stderr and status 2.
 import json
 import sys
 from collections.abc import Callable, Iterator
-from enum import StrEnum
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Final, ParamSpec, TypeVar
 
 import typer
 
+from edsc.choices import RecipeName, Suite
 from edsc.cluster import Engine
 from gateway.answer import (
     DEFAULT_K_DB,
@@ -47,32 +47,6 @@ P = ParamSpec("P")
 R = TypeVar("R")
 FAILED: Final = 2
 RESULTS: Final = Path(__file__).resolve().parent.parent / "docs" / "results"
-
-
-class Suite(StrEnum):
-    """What `edsc evaluate` can measure."""
-
-    LINK = "link"
-    BUNDLE = "bundle"
-    SHEETS = "sheets"
-    BENCH = "bench"
-    PAPER = "paper"
-
-
-class RecipeName(StrEnum):
-    """What `edsc train` can train, in the order in which `all` does it (without `deepsc`)."""
-
-    PREDICTOR = "predictor"
-    OPINIONS = "opinions"
-    FACES = "faces"
-    TEXT = "text"
-    GENERATOR = "generator"
-    MAPPING = "mapping"
-    ADAPTERS = "adapters"
-    FIELDS = "fields"
-    JUDGE = "judge"
-    DEEPSC = "deepsc"
-    ALL = "all"
 
 
 def one_line(command: Callable[P, R]) -> Callable[P, R]:

@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from edsc.cli import RecipeName, app
+from edsc.choices import RecipeName
+from edsc.cli import app
 from edsc.recipes import ORDER, recipe
 from gateway.answer import EditAnswer
 from shared.errors import InvalidRequest

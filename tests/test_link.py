@@ -45,8 +45,15 @@ def weights(random_bundle: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def stack(weights: Path) -> Iterator[Stack]:
-    settings = Settings(weights=weights, threads=1, default_deadline_s=30.0, log_level="warning")
+def stack(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """With edits of its own: one that another test left would be taken over, and run in company."""
+    settings = Settings(
+        weights=weights,
+        threads=1,
+        default_deadline_s=30.0,
+        log_level="warning",
+        state=tmp_path_factory.mktemp("link"),
+    )
     with Stack(settings, free_ports=True) as stack:
         yield stack
 

@@ -59,7 +59,7 @@ NAME = "fields"
 
 @dataclass(frozen=True)
 class FieldsRecipe:
-    """Lengths, rates, weights of the losses. About 16 minutes on one CPU core.
+    """Lengths, rates, weights of the losses. About 40 minutes on one CPU core.
 
     walks: of each attribute in a batch; the hardest ones get most. bias_rate: of the last layer's
     bias, in its own units (its numbers are about 1); learning_rate: of all else. age_identity: how
@@ -67,7 +67,7 @@ class FieldsRecipe:
     squared change of the picture's coarse colours.
     """
 
-    length: int = 280
+    length: int = 1060
     depth: int = 8
     walks: tuple[int, ...] = (3, 3, 2, 1, 2)
     codes: int = 600
