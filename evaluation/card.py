@@ -88,8 +88,8 @@ def _bars(suite: Any) -> Iterator[str]:
         f"`edsc evaluate --suite bundle`, `{options['quality']}`: aligned faces of the test split"
         " (people it has never seen), AWGN, 95 % bootstrap intervals. `perceptual` is the"
         " predictor's own feature distance, uncalibrated; `fd_edgeface` a Frechet distance on"
-        " EdgeFace-XS embeddings; edits cross at 12 dB and are judged by a second predictor that"
-        " the transmitter does not have, against the degree that the link promised."
+        " EdgeFace-XS embeddings; edits cross at 12 dB and are judged by a predictor that the"
+        " transmitter does not have, against the degree that the link promised."
     )
     yield ""
     if missed:

@@ -4,10 +4,10 @@
 
     face --invert--> w --------------------A_CE, 12 dB, A_CD, G--> plain --judge--> degrees
                      |                                               `---EdgeFace--> cosine
-                     '--match (shipped predictor)--> w' --same link--> edited --judge, EdgeFace
+                     '--match (the guide's eye)--> w' --same link--> edited --judge, EdgeFace
 
 Every attribute is changed by -3..3 degrees where the result stays in 0..5. The walk is steered by
-the shipped predictor, so what that one sees afterwards proves little; the judge (`edsc train
+the guide (`transmitter.opinions`), so what it sees afterwards proves little; the judge (`edsc train
 judge`) is asked whether the received picture shows the degree that the link said it would. Both
 pictures cross with the same noise.
 """
@@ -38,7 +38,7 @@ Route = Callable[[Tensor, int], Tensor]  # latents [B, k], seed -> received pict
 class EditedFace:
     """One edit of one face: what was asked, what the link said, what others saw.
 
-    before, expected: degrees by the shipped predictor, 0..5. reached: whether it foresaw the
+    before, expected: degrees by the guide, 0..5. reached: whether it foresaw the
     expected one behind the channel. judged_before, judged: the judge's degrees of the received
     pictures. drift: mean change of the other four attributes in the judge's expected degrees.
     same, same_plain: cosine of the received picture with and without edit to the photograph.
@@ -163,17 +163,17 @@ def edit_bars(edits: list[EditedFace]) -> list[Bar]:
         bars.append(Bar(name, f"edits: identity kept, {what}", kept, wanted, unit="%", note=note))
     bars += [
         Bar("edit_moved", "edits, judge: moved the asked way", grouped(moved, face), unit="%"),
-        Bar("edit_reached", "edits, shipped predictor: exact", grouped(reached, face), unit="%"),
+        Bar("edit_reached", "edits, guide: exact", grouped(reached, face), unit="%"),
         Bar(
             "judges_agree",
-            "both predictors on the unedited face: same degree",
+            "judge and guide on the unedited face: same degree",
             grouped((agree == 0).double(), face),
             unit="%",
             note="what an exact hit rate is to be compared with",
         ),
         Bar(
             "judges_agree_within",
-            "both predictors on the unedited face: within one",
+            "judge and guide on the unedited face: within one",
             grouped((agree <= 1).double(), face),
             unit="%",
         ),

@@ -22,7 +22,8 @@ all layers), so the last bias learns fast and the layers slowly.
 
 Losses, Eqs. (12) to (14): distance of the scores from the middle of the asked degree; the other
 attributes keep their degrees; the same person (1 - cosine of EdgeFace). And the same light, which
-neither predictors nor EdgeFace mind: left to itself, a younger face is a burnt-out one.
+neither predictors nor EdgeFace mind: left to itself, a younger face is a burnt-out one. Not where
+the edit is dark itself: a beard that has to keep the chin's colour turns pink.
 
 Run it again whenever the generator, the inversion encoder, the predictor or the adapters in the
 bundle have changed.
@@ -63,8 +64,8 @@ class FieldsRecipe:
 
     walks: of each attribute in a batch; the hardest ones get most. bias_rate: of the last layer's
     bias, in its own units (its numbers are about 1); learning_rate: of all else. age_identity: how
-    much of the identity loss counts for age, which is part of who one is. light_weight: of the
-    squared change of the picture's coarse colours.
+    much of the identity loss counts for age, which is part of who one is. light_weights: of the
+    squared change of the picture's coarse colours; fringes and beards are dark where skin was not.
     """
 
     length: int = 1060
@@ -85,7 +86,7 @@ class FieldsRecipe:
     identity_weight: float = 18.0
     age_identity: float = 0.5
     others_weight: float = 0.5
-    light_weight: float = 25.0
+    light_weights: tuple[float, ...] = (0.0, 25.0, 0.0, 25.0, 25.0)
     natural_faces: int = 3000
     checkpoint_minutes: float = 5.0
     report_steps: int = 10
@@ -384,7 +385,9 @@ def walk_losses(
         changed = 1 - (nets.who(image) * codes.who[index]).sum(1)
         counts = torch.where(rows == Attribute.AGE.index, recipe.age_identity, 1.0)
         losses["identity"] = recipe.identity_weight * (counts * changed).mean()  # Eq. (13)
-    losses["light"] = recipe.light_weight * (coarse(image) - codes.light[index]).square().mean()
+    dimmed = (coarse(image) - codes.light[index]).square().mean((1, 2, 3))  # [B]
+    minds = torch.tensor(recipe.light_weights, device=device)[rows]
+    losses["light"] = (minds * dimmed).mean()
     return losses
 
 

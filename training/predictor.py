@@ -9,7 +9,7 @@ act as a regulariser. At the end the scores of the training faces, half of them 
 into six degrees (`training.degrees`), batch normalisation is folded, and the net is written to the
 bundle.
 
-`edsc train judge` makes a second predictor, net `judge`, that only evaluates: another seed, another
+`edsc train judge` makes another predictor, net `judge`, that only evaluates: another seed, another
 trunk at another resolution, other augmentation (parts of the face hidden), its own fitted scores
 and cuts. The transmitter walks by the first one and never loads the second, so an edit that fools
 the first one is found out by the second.
