@@ -14,6 +14,7 @@ import torch
 from shared.batching import Operation
 from shared.errors import Unavailable
 from shared.settings import Precision
+from shared.worker import Worker
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -87,7 +88,7 @@ SMALLEST_SHARE: Final = 2  # items; alone, a picture is drawn sooner by all thre
 
 
 @cache
-def _workers(threads: int) -> ThreadPoolExecutor:
+def lone_threads(threads: int) -> ThreadPoolExecutor:
     """A thread per core, each of which computes by itself."""
 
     def alone() -> None:
@@ -116,14 +117,24 @@ def in_shares(
     def run(items: Sequence[Item]) -> list[Result]:
         threads = torch.get_num_threads()
         shares = min(threads, len(items) // smallest)
-        if shares < 2 and smallest > 1:
+        if shares < 2 and (smallest > 1 or threads == 1):
             return list(operation.run(items))
         ends = [len(items) * number // shares for number in range(shares + 1)]
         parts = [items[start:end] for start, end in pairwise(ends)]
-        done = list(_workers(threads).map(operation.run, parts))
+        done = list(lone_threads(threads).map(operation.run, parts))
         return [result for results in done for result in results]
 
     return replace(operation, run=run)
+
+
+def share_cores(worker: Worker, device: torch.device) -> None:
+    """Where requests have company, let every thread of a CPU have a pass of its own.
+
+    Two cores, edits: 7.2 a second by two such threads where 5.7 are done by both on every pass.
+    """
+    if device.type == "cpu":
+        threads = torch.get_num_threads()
+        worker.passes_at_once(lone_threads(threads), threads)
 
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8  # malloc.h

@@ -28,6 +28,7 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from shared.call import REQUEST_ID_KEY, TRACEPARENT_KEY, Call, new_request_id
 from shared.errors import (
     BundleError,
     Busy,
@@ -56,7 +57,7 @@ from shared.transport import (
     interceptors,
     server_credentials,
 )
-from shared.worker import REQUEST_ID_KEY, TRACEPARENT_KEY, Call, Worker, new_request_id
+from shared.worker import Worker
 
 __all__ = [
     "ERROR_KIND_KEY",

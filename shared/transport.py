@@ -21,11 +21,11 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
+from shared.call import REQUEST_ID_KEY, TRACEPARENT_KEY
 from shared.errors import InvalidRequest, Unavailable
 from shared.pb import edsc_pb2
 from shared.settings import Settings
 from shared.tracing import Span, Tracing
-from shared.worker import REQUEST_ID_KEY, TRACEPARENT_KEY
 
 ERROR_KIND_KEY: Final = "edsc-error-kind"
 GrpcService = Literal["transmitter", "channel", "receiver", "baselines"]

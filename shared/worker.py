@@ -1,4 +1,4 @@
-"""One thread that does a process's work, bounded queues before it, and the calls that wait there.
+"""A process's work in passes that requests share, bounded queues before it, and who waits there.
 
 ::
 
@@ -10,118 +10,30 @@
        hung up or too late: dropped before and between the steps
 
 Batching is continuous: a request joins the others between two passes and leaves when it is done,
-however many steps theirs take. Lanes share the thread's time evenly, so that neither a stream of
-quick requests nor a few long ones can keep the other kind waiting.
+however many steps theirs take. Lanes share the time evenly, so that neither a stream of quick
+requests nor a few long ones can keep the other kind waiting.
 
-Two inferences at once on the same cores finish no sooner than one after the other, and torch
-keeps a team of OpenMP threads for every thread that calls it: so there is one.
+A request that is alone has all cores for each of its passes. Cores that share a pass wait for each
+other many times in it, so where there is company each takes a pass of its own (`passes_at_once`):
+one looks at the pictures of some requests while another encodes the faces of others.
 """
 
 import contextvars
-import re
 import threading
 import time
-import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, TypeVar
 
 from shared.batching import Ask, Operation, Steps
-from shared.errors import Busy, Cancelled, DeadlineExceeded, EdscError
-from shared.telemetry import Metrics, Stopwatch
-
-REQUEST_ID_KEY: Final = "x-request-id"
-TRACEPARENT_KEY: Final = "traceparent"
+from shared.call import Call
+from shared.errors import Busy
+from shared.telemetry import Metrics
 
 T = TypeVar("T")
 _PATIENCE: Final = 4  # passes
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-
-
-def new_request_id() -> str:
-    """A fresh request id: 32 hexadecimal digits."""
-    return uuid.uuid4().hex
-
-
-class CallContext(Protocol):
-    """What a Call wants to know from the transport (a grpc.ServicerContext has it)."""
-
-    def invocation_metadata(self) -> Iterable[tuple[str, str | bytes]]:
-        """Pairs of key and value that came with the call."""
-
-    def time_remaining(self) -> float | None:
-        """Seconds until the caller's deadline; None without one."""
-
-    def add_callback(self, callback: Callable[[], None]) -> bool:
-        """Run `callback` when the call ends; False if it has ended."""
-
-
-class Call:
-    """One request under way: who asked, how long it may take, whether anybody still waits.
-
-    method: name of the rpc. request_id: the caller's x-request-id, or a new one.
-    traceparent: the caller's W3C trace context, or "". watch: timings of the call's stages.
-    """
-
-    def __init__(self, context: CallContext, method: str, limit_s: float) -> None:
-        metadata = {key: value for key, value in context.invocation_metadata()}
-        asked_id = str(metadata.get(REQUEST_ID_KEY, ""))
-        self.method = method
-        self.request_id = asked_id if _REQUEST_ID.fullmatch(asked_id) else new_request_id()
-        self.traceparent = str(metadata.get(TRACEPARENT_KEY, ""))
-        self.watch = Stopwatch()
-        # None: the caller set no deadline; every call gets one.
-        remaining_s = context.time_remaining()
-        self.limit_s = limit_s if remaining_s is None else min(limit_s, remaining_s)
-        self._deadline = time.monotonic() + self.limit_s
-        self._lock = threading.Lock()
-        self._ended = False
-        self._callbacks: list[Callable[[], object]] = []
-        if not context.add_callback(self._end):
-            self._end()
-
-    def _end(self) -> None:
-        with self._lock:
-            self._ended = True
-            callbacks, self._callbacks = self._callbacks, []
-        for callback in callbacks:
-            callback()
-
-    def on_end(self, callback: Callable[[], object]) -> None:
-        """Run `callback` (quick, any thread) when the call ends, at once if it has."""
-        with self._lock:
-            if not self._ended:
-                self._callbacks.append(callback)
-                return
-        callback()
-
-    def remaining_s(self) -> float:
-        """Seconds until the deadline, never below 0."""
-        return max(0.0, self._deadline - time.monotonic())
-
-    def expired(self) -> bool:
-        """Whether the deadline has passed."""
-        return time.monotonic() >= self._deadline
-
-    def cancelled(self) -> bool:
-        """Whether nobody waits for the answer any more: hung up, or out of time."""
-        return self._ended or self.expired()
-
-    def gone(self) -> EdscError:
-        """The error that says why the work was dropped."""
-        # The transport ends a call at its deadline, a moment before or after our own clock does.
-        if self.remaining_s() < 0.01:
-            return DeadlineExceeded(
-                f"{self.method} had {self.limit_s:.3g} s and was not done in time"
-            )
-        return Cancelled(f"the caller of {self.method} went away")
-
-    def check(self) -> None:
-        """Raise Cancelled or DeadlineExceeded if nobody waits any more."""
-        if self.cancelled():
-            raise self.gone()
 
 
 @dataclass(eq=False)
@@ -147,6 +59,7 @@ class _Job:
     steps: Steps[Any] | None = None
     wanted: Ask | None = None  # what it waits for
     aside: Future[list[Any]] | None = None  # its step on the side thread, under way or done
+    under_way: bool = False  # in a pass on a thread of the executor
     admitted: bool = False
     passed_over: int = 0  # passes of its lane that went by since it asked
 
@@ -154,8 +67,17 @@ class _Job:
         return self.call is not None and self.call.cancelled()
 
 
+@dataclass(eq=False)
+class _Pass:
+    """An operation on the items of several requests, under way on a thread of the executor."""
+
+    operation: Operation[Any, Any]
+    jobs: list[_Job]
+    future: Future[tuple[list[list[Any] | BaseException], float]]
+
+
 class Worker:
-    """One thread that does the work of a process, in steps that requests share, bounded waiting.
+    """A thread that does the work of a process, in steps that requests share, bounded waiting.
 
     waiting: how many requests may wait in a lane beside those in progress (count); Busy beyond.
     max_batch: requests in progress in a lane (count). max_delay_s: how long the first request after
@@ -178,6 +100,9 @@ class Worker:
         self._lanes = {name: _Lane(name) for name in lanes}
         self._default = lanes[0]
         self._active: list[_Job] = []  # in order of admission; the worker thread's own
+        self._passes: list[_Pass] = []  # under way; the worker thread's own
+        self._executor: Executor | None = None
+        self._at_once = 1
         self._changed = threading.Condition()
         self._stopping = False
         self._side = ThreadPoolExecutor(1, thread_name_prefix="aside")
@@ -221,6 +146,13 @@ class Worker:
         if call is not None:
             call.on_end(lambda: self._left(job))
         return future
+
+    def passes_at_once(self, executor: Executor, count: int) -> None:
+        """From now on up to `count` passes are under way at a time on the executor's threads, each
+        of its share of `Operation.most`; a request without company goes on as before.
+        """
+        with self._changed:
+            self._executor, self._at_once = (executor, count) if count > 1 else (None, 1)
 
     def run(self, call: Call, work: Callable[[], T], lane: str | None = None) -> T:
         """Queue `work` and wait for its result, no longer than the call may take."""
@@ -269,7 +201,8 @@ class Worker:
                 self._begin(job)
             self._drop_those_who_left()
             self._take_back()
-            self._step()
+            while self._step():
+                pass
             job = None  # type: ignore[assignment]  # its photo: the next wait may be long
 
     def _wait(self) -> bool:
@@ -304,9 +237,15 @@ class Worker:
             return admitted
 
     def _something_to_do(self) -> bool:
+        if any(lane.waiting and lane.active < self._max_batch for lane in self._lanes.values()):
+            return True
+        if any(one.future.done() for one in self._passes):
+            return True
+        room = len(self._passes) < self._at_once
         return any(
-            lane.waiting and lane.active < self._max_batch for lane in self._lanes.values()
-        ) or any(job.gone() or job.aside is None or job.aside.done() for job in self._active)
+            job.gone() or (job.aside.done() if job.aside else room and not job.under_way)
+            for job in self._active
+        )
 
     def _wait_for_company(self) -> None:
         """The pause before a batch that would start with too few."""
@@ -375,7 +314,10 @@ class Worker:
             self._end(job, error=job.call.gone())
 
     def _take_back(self) -> None:
-        """Requests whose step on the side thread is done go on."""
+        """Requests whose step on another thread is done go on."""
+        for one in [one for one in self._passes if one.future.done()]:
+            self._passes.remove(one)
+            self._hand_out(one.operation, one.jobs, *one.future.result())
         for job in [job for job in self._active if job.aside is not None and job.aside.done()]:
             assert job.aside is not None
             if (error := job.aside.exception()) is not None:
@@ -384,7 +326,7 @@ class Worker:
                 self._resume(job, job.aside.result())
 
     @staticmethod
-    def _operation_of(jobs: list[_Job]) -> Operation[Any, Any]:
+    def _operation_of(jobs: list[_Job], share: int) -> Operation[Any, Any]:
         """A full pass before one that is not; a dear one that is not full comes last, when the
         others have brought it all that they can. But nobody is passed over for long."""
         waiting: dict[Operation[Any, Any], int] = {}
@@ -394,40 +336,74 @@ class Worker:
             if job.passed_over >= _PATIENCE:
                 return operation
             waiting[operation] = waiting.get(operation, 0) + len(job.wanted.items)
-        full = [operation for operation, items in waiting.items() if items >= operation.most]
+        full = [one for one, items in waiting.items() if items * share >= one.most]
         return full[0] if full else min(waiting, key=lambda operation: operation.dear)
 
-    def _step(self) -> None:
-        """One pass: an operation, on the items of as many requests as ask for it and fit."""
-        ready = [job for job in self._active if job.wanted is not None and job.aside is None]
-        if not ready:
-            return
+    def _step(self) -> bool:
+        """One pass: an operation, on the items of as many requests as ask for it and fit. Whether
+        it is under way elsewhere, so that another one may begin.
+        """
+        ready = [
+            job
+            for job in self._active
+            if job.wanted is not None and job.aside is None and not job.under_way
+        ]
+        executor = self._executor if len(self._active) > 1 else None
+        if not ready or (executor is not None and len(self._passes) >= self._at_once):
+            return False
+        share = 1 if executor is None else self._at_once
         lane = min((job.lane for job in ready), key=lambda lane: lane.spent_s)
-        operation = self._operation_of([job for job in ready if job.lane is lane])
+        operation = self._operation_of([job for job in ready if job.lane is lane], share)
         jobs: list[_Job] = []
         items = 0
         # The lane whose turn it is first, and in it the oldest: they end sooner, none the later.
         for job in sorted(ready, key=lambda job: job.lane is not lane):
             assert job.wanted is not None
             if job.wanted.operation is operation and (
-                not jobs or items + len(job.wanted.items) <= operation.most
+                not jobs or (items + len(job.wanted.items)) * share <= operation.most
             ):
                 jobs.append(job)
                 items += len(job.wanted.items)
                 job.passed_over = 0
             elif job.lane is lane:
                 job.passed_over += 1
-        start = time.perf_counter()
-        answers = _results(operation, [job.wanted.items for job in jobs if job.wanted])
-        elapsed_s = time.perf_counter() - start
-        self._metrics.batch(operation.name, items)
-        for job, answer in zip(jobs, answers, strict=True):
-            assert job.wanted is not None
-            job.lane.spent_s += elapsed_s * len(job.wanted.items) / max(1, items)
+        asked = [job.wanted.items for job in jobs if job.wanted]
+        if executor is None:
+            self._hand_out(operation, jobs, *_timed(operation, asked))
+            return False
+        for job in jobs:
+            job.under_way = True
+        future = executor.submit(_timed, operation, asked)
+        self._passes.append(_Pass(operation, jobs, future))
+        future.add_done_callback(lambda _: self._wake())
+        return True
+
+    def _hand_out(
+        self,
+        operation: Operation[Any, Any],
+        jobs: list[_Job],
+        answers: list[list[Any] | BaseException],
+        elapsed_s: float,
+    ) -> None:
+        """Give the requests of a pass what came of it; those that left meanwhile have ended."""
+        sizes = [len(job.wanted.items) if job.wanted else 0 for job in jobs]
+        self._metrics.batch(operation.name, sum(sizes))
+        for job, size, answer in zip(jobs, sizes, answers, strict=True):
+            job.under_way = False
+            job.lane.spent_s += elapsed_s * size / max(1, sum(sizes))
+            if job not in self._active:
+                continue
             if isinstance(answer, BaseException):
                 self._end(job, error=answer)
             else:
                 self._resume(job, answer)
+
+
+def _timed(
+    operation: Operation[Any, Any], asked: list[Sequence[Any]]
+) -> tuple[list[list[Any] | BaseException], float]:
+    start = time.perf_counter()
+    return _results(operation, asked), time.perf_counter() - start
 
 
 def _results(

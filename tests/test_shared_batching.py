@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from shared.batching import Operation, Steps, alone, ask, ask_one
+from shared.call import Call
 from shared.errors import Busy, Cancelled, DeadlineExceeded
 from shared.telemetry import Metrics
-from shared.worker import Call, Worker
+from shared.worker import Worker
 
 
 class Caller:

@@ -10,9 +10,9 @@ from torch import Tensor
 from shared.batching import Operation
 from shared.compute import (
     SMALLEST_SHARE,
-    _workers,
     in_precision,
     in_shares,
+    lone_threads,
     most_in_a_pass,
     precision_of,
 )
@@ -64,8 +64,8 @@ def test_a_share_has_a_thread_of_its_own() -> None:
 
 @pytest.mark.usefixtures("two_threads")
 def test_a_share_stays_alone_when_others_are_told_more() -> None:
-    _workers.cache_clear()
-    pool = _workers(1)
+    lone_threads.cache_clear()
+    pool = lone_threads(1)
     pool.submit(lambda: None).result()  # it has started, and not yet computed
     torch.set_num_threads(2)
     assert pool.submit(torch.get_num_threads).result() == 1

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from shared.batching import Operation, Steps, ask
 from shared.bundle import Bundle
-from shared.compute import precision_of, prepare
+from shared.compute import precision_of, prepare, share_cores
 from shared.errors import EdscError, InvalidRequest, PayloadTooLarge
 from shared.images import encode_png
 from shared.pb import edsc_pb2, edsc_pb2_grpc
@@ -243,6 +243,7 @@ def register(server: Server) -> Callable[[], None]:
 
     def load() -> None:
         device = prepare(settings.device, settings.threads)
+        share_cores(server.worker, device)
         precision = precision_of(settings.precision, device)
         model.put(load_model(Bundle.open(settings.weights), device, precision))
 
