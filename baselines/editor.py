@@ -141,7 +141,7 @@ class Editor:
 
     @torch.no_grad()
     def degrees(self, image: Tensor) -> tuple[int, ...]:
-        """Degrees 0..5 of the five attributes that the predictor sees in image [1, 3, S, S]."""
+        """Degrees 0..5 of the five attributes that the guide sees in image [1, 3, S, S]."""
         nets = self.transmitter
         return _plain(nets.guide.degrees(image.to(nets.device))[0])
 

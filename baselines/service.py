@@ -20,7 +20,7 @@ from baselines.pipeline import transmit
 from baselines.schemes import BaseScheme, Schemes
 from shared.batching import Steps
 from shared.bundle import Bundle
-from shared.compute import precision_of, prepare, share_cores
+from shared.compute import settle
 from shared.errors import BundleError, EdscError, InvalidRequest, Unavailable
 from shared.images import encode_png
 from shared.pb import edsc_pb2, edsc_pb2_grpc
@@ -214,9 +214,7 @@ def register(server: Server) -> Callable[[], None]:
     )
 
     def load() -> None:
-        device = prepare(settings.device, settings.threads)
-        share_cores(server.worker, device)
-        precision = precision_of(settings.precision, device)
+        device, precision = settle(settings, server.worker)
         loaded = load_baselines(Bundle.open(settings.weights), device, precision)
         baselines.put(loaded)
         model.put(loaded)

@@ -214,7 +214,7 @@ def measure_slopes(nets: Nets, fields: Fields, codes: Codes, turn_rad: float = 0
 def roll_out_one(fields: Fields, w: Tensor, index: int, turn_rad: float, steps: int) -> Tensor:
     """Walk w [B,512] along one field by a total angle, in equal steps."""
     for _ in range(steps):
-        w = turn(w, fields.direction(w, ATTRIBUTES[index]), turn_rad / steps)
+        w = fields.step(w, ATTRIBUTES[index], turn_rad / steps)
     return w
 
 

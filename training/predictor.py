@@ -11,10 +11,8 @@ bundle.
 
 `edsc train judge` makes another predictor, net `judge`, that only evaluates: another seed, another
 trunk at another resolution, other augmentation (parts of the face hidden), its own fitted scores
-and cuts. The transmitter walks by the first one and never loads the second, so an edit that fools
-the first one is found out by the second.
-
-Two more guide the transmitter's edits beside P (`training.opinions`).
+and cuts. The transmitter walks by P and two more (`training.opinions`) and never loads the judge,
+so an edit that fools them is found out by it.
 
 Put CelebA-Dialog's annotation at `data/celeba128/celeba_dialog.txt` to train with its degrees
 instead.

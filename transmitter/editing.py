@@ -180,9 +180,9 @@ def _walk_together(fields: Fields, stretches: Sequence[Stretch]) -> list[list[Te
             if (one.attribute, one.straight) == (attribute, straight)
         ]
         w = torch.cat([stretches[i].w for i in going])  # [B, 512]
+        steps = torch.arange(1, straight + 1, device=w.device)[:, None, None]
         while going:
             turns = w.new_tensor([stretches[i].turn_rad for i in going])[:, None]  # [B, 1]
-            steps = torch.arange(1, straight + 1, device=w.device)[:, None, None]
             leg = turn(w, fields.direction(w, attribute), steps * turns)  # [straight, B, 512]
             for row, i in enumerate(going):
                 missing = stretches[i].steps - len(paths[i])

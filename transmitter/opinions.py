@@ -35,12 +35,10 @@ class Opinions(nn.Module):
         self.others = nn.ModuleList(others)
 
     @classmethod
-    def from_bundle(cls, bundle: Bundle, first: Predictor | None = None) -> Opinions:
-        """The bundle's predictors that may guide; `first` is its P where that is loaded already."""
-        first = Predictor.from_bundle(bundle) if first is None else first
-        return cls(
-            first, [Predictor.from_bundle(bundle, net) for net in OPINIONS if bundle.has(net)]
-        )
+    def from_bundle(cls, bundle: Bundle) -> Opinions:
+        """The bundle's predictors that may guide, weights frozen."""
+        others = [Predictor.from_bundle(bundle, net) for net in OPINIONS if bundle.has(net)]
+        return cls(Predictor.from_bundle(bundle), others)
 
     @property
     def members(self) -> list[Predictor]:
