@@ -3,6 +3,7 @@
 Each experiment starts its own stack on free ports and compares within itself, so that the figures
 mean something on any machine:
 
+    hops       one edit at a time: what of it is nobody's computing (evaluation/bench.py)
     batching   goodput at saturation with batches, against max_batch=1; quality `fast`
     replicas   goodput of two one-thread transmitters, against one: asked themselves, by gRPC, with
                and without a core of their own, and through the whole link, where the receiver
@@ -37,11 +38,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
+import httpx
 from rich.console import Console
 from rich.table import Table
 
 from edsc.up import ROOT, SERVICES, Stack, interruptible
-from evaluation.bench import percentile
+from evaluation.bench import HOPS_GOAL_MS, BenchOptions, measure, percentile, summarise
 from evaluation.traffic import (
     LOST,
     SENTENCES,
@@ -176,6 +178,19 @@ def saturate(stack: Stack, options: Options) -> dict[str, float]:
         "cpu_s_per_edit": cpu_s / len(done),
         "cores_used": cpu_s / (end_s - start_s),
     }
+
+
+def hops(options: Options, report: Report) -> None:
+    """One edit at a time."""
+    asked = BenchOptions(edits=40, photos=options.photos, align=options.align)
+    with (
+        Stack(options.settings(), free_ports=True) as stack,
+        httpx.Client(base_url=stack.url, timeout=options.deadline_s) as client,
+    ):
+        measured = measure(client, options.quality, asked)
+    found = summarise(measured.samples)
+    report.figures["hops"] = {**asdict(found), "failures": measured.failures}
+    report.at_most("gateway, store and three hops: p50, ms", found.hops_p50_ms, HOPS_GOAL_MS)
 
 
 def batching(options: Options, report: Report) -> None:
@@ -381,6 +396,7 @@ def roll(options: Options, report: Report) -> None:
 
 
 EXPERIMENTS: Final[dict[str, Callable[[Options, Report], None]]] = {
+    "hops": hops,
     "batching": batching,
     "replicas": replicas,
     "overload": overload,

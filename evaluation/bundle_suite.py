@@ -399,7 +399,7 @@ def speed(bundle: Bundle, edits: int = 20) -> Iterator[Bar]:
     """Median time of one `fast` edit through the four processes, on this machine."""
     from edsc.up import Stack
 
-    photos = tuple(sorted((bench.ROOT / "samples").glob("*.png")))
+    photos = tuple(path.read_bytes() for path in sorted((bench.ROOT / "samples").glob("*.png")))
     options = bench.BenchOptions(edits=edits, photos=photos)
     with (
         Stack(Settings(weights=bundle.folder.resolve()), free_ports=True) as stack,

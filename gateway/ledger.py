@@ -42,6 +42,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    Update,
     bindparam,
     delete,
     func,
@@ -107,10 +108,10 @@ _EDITS: Final = Table(
 # Put together once: that costs as much as running them.
 _TAKEN_IN: Final = insert(_EDITS)
 _HELD: Final = update(_EDITS).where(
-    _EDITS.c.id == bindparam("of"),
-    _EDITS.c.holder == bindparam("by"),
-    _EDITS.c.state.in_(bindparam("one_of", expanding=True)),
+    _EDITS.c.id == bindparam("of"), _EDITS.c.holder == bindparam("by")
 )
+_RUNNING_HERE: Final = _HELD.where(_EDITS.c.state == State.RUNNING.value)
+_OPEN_HERE: Final = _HELD.where(or_(*(_EDITS.c.state == state for state in OPEN)))
 
 
 @dataclass(frozen=True)
@@ -256,13 +257,13 @@ class Ledger:
             raise Conflict(f"edit {new.id} could not be accepted: {error.orig}") from None
         return entry, True
 
-    def _move(self, edit_id: str, states: Sequence[State], **values: Any) -> bool:
-        """Change a row that this gateway holds in one of `states`; whether there was one."""
+    def _move(self, edit_id: str, held: Update, **values: Any) -> bool:
+        """Change a row that this gateway holds, as `held` says; whether there was one."""
         computed = {name: values.pop(name) for name in ("attempts",) if name in values}
         with self._transaction() as connection:
             moved = connection.execute(
-                _HELD.values(**computed) if computed else _HELD,
-                {**values, "of": edit_id, "by": self.holder, "one_of": [s.value for s in states]},
+                held.values(**computed) if computed else held,
+                {**values, "of": edit_id, "by": self.holder},
             )
         return moved.rowcount == 1
 
@@ -270,7 +271,7 @@ class Ledger:
         """accepted -> running, one attempt more. False: it is no longer ours, or deleted."""
         return self._move(
             edit_id,
-            (State.ACCEPTED, State.RUNNING),
+            _OPEN_HERE,
             state=State.RUNNING.value,
             attempts=_EDITS.c.attempts + 1,
             updated_at=now,
@@ -281,7 +282,7 @@ class Ledger:
         """running -> done. False: it is no longer ours, or deleted."""
         return self._move(
             edit_id,
-            (State.RUNNING,),
+            _RUNNING_HERE,
             state=State.DONE.value,
             answer=answer,
             problem=None,
@@ -295,7 +296,7 @@ class Ledger:
         """-> failed. False: it is no longer ours, or deleted."""
         return self._move(
             edit_id,
-            (State.ACCEPTED, State.RUNNING),
+            _OPEN_HERE,
             state=State.FAILED.value,
             problem=problem,
             rerunnable=int(rerunnable),
@@ -309,7 +310,7 @@ class Ledger:
         """Back to accepted, for whoever comes first; this gateway is leaving."""
         return self._move(
             edit_id,
-            (State.ACCEPTED, State.RUNNING),
+            _OPEN_HERE,
             state=State.ACCEPTED.value,
             attempts=_EDITS.c.attempts - (_EDITS.c.state == State.RUNNING.value).cast(Integer),
             holder=None,

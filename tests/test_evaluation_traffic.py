@@ -95,7 +95,8 @@ def test_every_experiment_runs(random_bundle: Path, tmp_path: Path) -> None:
     assert report["roll"]["statuses"].keys() == {"200"}
     assert not any(one["odd"] for one in report["kill"].values())
     assert report["kill_left_open"] == 0
-    assert len(report["bars"]) == 10
+    assert report["hops"]["hops_p50_ms"] > 0
+    assert len(report["bars"]) == 11
 
 
 def test_settings_of_a_run_differ_as_asked() -> None:
