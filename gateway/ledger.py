@@ -20,7 +20,7 @@ Blocking; `gateway/store.py` calls it from threads. Times are seconds since the 
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from threading import Lock
@@ -177,8 +177,10 @@ class Ledger:
     def __init__(self, engine: Engine, holder: str) -> None:
         self.engine = engine
         self.holder = holder
-        # SQLite has one writer: threads that wait for each other here need not poll inside it.
-        self._turn: AbstractContextManager[Any] = Lock() if self.is_sqlite else nullcontext()
+        # SQLite has one writer: threads that wait for each other here need not poll inside it, nor
+        # fetch a connection each time; that takes as long as some of what they ask.
+        self._turn = Lock()
+        self._only: Connection | None = None
 
     @classmethod
     def open(cls, url: str, holder: str) -> Self:
@@ -209,6 +211,8 @@ class Ledger:
 
     def close(self) -> None:
         """Hang up."""
+        if self._only is not None:
+            self._only.close()
         self.engine.dispose()
 
     @property
@@ -219,8 +223,14 @@ class Ledger:
     @contextmanager
     def _transaction(self) -> Iterator[Connection]:
         try:
-            with self._turn, self.engine.begin() as connection:
-                yield connection
+            if self.is_sqlite:
+                with self._turn:
+                    self._only = self._only or self.engine.connect()
+                    with self._only.begin():
+                        yield self._only
+            else:
+                with self.engine.begin() as connection:
+                    yield connection
         except IntegrityError:
             raise
         except DBAPIError as error:

@@ -21,7 +21,7 @@ from shared.adapters import Adapters, ChannelDecoder, ChannelEncoder
 from shared.attributes import Edit
 from shared.batching import Item, Operation, Result, Steps, alone, ask_one
 from shared.bundle import Bundle
-from shared.compute import in_precision, in_shares, most_in_a_pass, multiplying_in
+from shared.compute import in_precision, in_shares, most_in_a_pass
 from shared.errors import Cancelled, InvalidRequest, NoFaceFound
 from shared.images import decode_photo, to_float
 from shared.stylegan2 import Generator
@@ -111,6 +111,7 @@ class Transmitter:
             walk=in_shares(walks.walk, self.device, 1),
             look=hastened(walks.look),
         )
+        self._draw = hastened(Operation("draw", self._drawn, most, dear=True))
         self._code = Operation("code", self._encoded)
 
     @classmethod
@@ -229,9 +230,14 @@ class Transmitter:
         with watch("encode"):
             symbols = yield from ask_one(self._code, (w, snr_db))  # [1, 256]
         with watch("draw"):
-            look = yield from ask_one(self.matching.look, w)
-            seen = self.guide.score_degrees(look.scores[None])[0]
-            after = seen if found is None else found.after
+            if found is None:
+                look = yield from ask_one(self.matching.look, w)
+                sent, after = look.image, self.guide.score_degrees(look.scores[None])[0]
+            else:
+                # What was seen is what arrives; without a step the two are the same.
+                sent, after = found.image, found.after
+                if found.steps:
+                    sent = yield from ask_one(self._draw, w)
         return Transmission(
             symbols=symbols.cpu(),
             edit=None if reading is None else reading.edit,
@@ -243,7 +249,7 @@ class Transmitter:
             match_steps=0 if found is None else found.steps,
             faces_found=faces_found,
             aligned=face.cpu(),
-            sent=look.image.cpu(),
+            sent=sent.cpu(),
             timings_ms=watch.timings_ms(),
         )
 
@@ -252,12 +258,15 @@ class Transmitter:
         (look,) = self.matching.look([w])
         return look.scores[None]
 
-    @torch.no_grad()
     def draw(self, w: Tensor) -> Tensor:
         """The picture [B, 3, S, S] in [-1, 1] that latents w [B, 512] stand for."""
-        with multiplying_in(self.precision, self.device):
-            image: Tensor = self.generator.synthesis(w.to(self.device))
-        return image.float().clamp(-1, 1).cpu()
+        return torch.cat(self._draw(w.to(self.device).split(1))).cpu()
+
+    @torch.no_grad()
+    def _drawn(self, latents: Sequence[Tensor]) -> Sequence[Tensor]:
+        images = self.generator.synthesis(torch.cat(list(latents))).float().clamp(-1, 1)
+        # Clones: a picture that is kept should not keep the others of its batch in memory.
+        return [image.clone() for image in images.split(1)]
 
     def arrival(self, snr_db: float) -> Arrival:
         """How latents arrive on average at this SNR."""
