@@ -200,6 +200,10 @@ def test_intervals_of_set_distances_hold_the_distance(generator: torch.Generator
     assert kernel.low < kernel.mean < kernel.high
     assert frechet.low < frechet.mean < frechet.high
     assert kernel.count == frechet.count == 60
+    # As with embeddings: more dimensions than pictures, where resamples are all farther apart.
+    a = torch.randn(30, 64, generator=generator)
+    wide = frechet_figure(a, a + 0.5 * torch.randn(30, 64, generator=generator))
+    assert wide.low < wide.mean < wide.high
 
 
 def test_gain_is_the_share_by_which_ours_is_smaller(generator: torch.Generator) -> None:
