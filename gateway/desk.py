@@ -43,7 +43,9 @@ from shared.telemetry import Metrics, logger
 SWEEP_S: Final = 60.0
 ORPHANS_S: Final = 600.0
 POLL_S: Final = 0.25  # how often an edit that another gateway runs is looked at
-PHOTO_FIRST_S: Final = 0.003  # a thread that writes rows would hold up the one that sends
+# A thread that writes rows would hold up the one that sends the photo; and while nobody has been
+# told of an edit, one that is turned away need not be written at all.
+PHOTO_FIRST_S: Final = 0.05
 RETRY_S: Final = (0.5, 1.0, 2.0, 4.0, 8.0)  # between tries of an edit that nobody waits for
 
 
@@ -77,13 +79,15 @@ class Asked:
 @dataclass
 class _Job:
     """One edit under way in this process. accepting: of a new one, which the ledger takes in as
-    running; None: one that has been kept before, and is still to be begun there."""
+    running; None: one that has been kept before, and is still to be begun there. write: whether a
+    new one is to be written, once that is known before its time (PHOTO_FIRST_S) is over."""
 
     entry: Entry
     caller: Caller
     detached: bool
     progress: Progress | None
     accepting: asyncio.Future[tuple[Entry, bool]] | None = None
+    write: asyncio.Future[bool] | None = None
     waiting: int = 0
     deleted: bool = False
     task: asyncio.Task[StoredEdit] = field(init=False)
@@ -250,9 +254,10 @@ class Desk:
             bytes=len(asked.photo),
         )
         told_early = asked.detached or asked.key is not None or asked.conversation is not None
-        accepting = asyncio.ensure_future(self._accept(new, asked.photo, at_once=told_early))
-        if not told_early:
-            return self._begin(new.begun(self.store.clock()), asked, progress, accepting)
+        write = None if told_early else asyncio.get_running_loop().create_future()
+        accepting = asyncio.ensure_future(self._accept(new, asked.photo, write))
+        if write is not None:
+            return self._begin(new.begun(self.store.clock()), asked, progress, accepting, write)
         self._reserved += 1
         try:
             entry, is_new = await asyncio.shield(accepting)
@@ -268,9 +273,14 @@ class Desk:
             return await self._again(entry, asked, progress)
         return self._begin(entry, asked, progress, accepting)
 
-    async def _accept(self, new: NewEdit, photo: bytes, at_once: bool) -> tuple[Entry, bool]:
-        if not at_once:
-            await asyncio.sleep(PHOTO_FIRST_S)
+    async def _accept(
+        self, new: NewEdit, photo: bytes, write: asyncio.Future[bool] | None
+    ) -> tuple[Entry, bool]:
+        """Take an edit in, at once or when `write` says so. Raises Busy where it says never."""
+        if write is not None:
+            await asyncio.wait({write}, timeout=PHOTO_FIRST_S)
+            if write.done() and not write.result():
+                raise Busy("turned away before it was taken in")
         return await self.store.accept(new, photo, self.limits.lease_s)
 
     async def _again(
@@ -308,8 +318,9 @@ class Desk:
         asked: Asked,
         progress: Progress | None,
         accepting: asyncio.Future[tuple[Entry, bool]] | None = None,
+        write: asyncio.Future[bool] | None = None,
     ) -> _Job:
-        job = _Job(entry, asked.caller, asked.detached, progress, accepting)
+        job = _Job(entry, asked.caller, asked.detached, progress, accepting, write)
         self._jobs[entry.id] = job
         job.task = asyncio.create_task(self._run(job, asked.photo, asked.order))
         job.task.add_done_callback(lambda task: self._ended(entry.id, task))
@@ -355,8 +366,8 @@ class Desk:
             if not (new or await self.store.begin(entry.id, self.limits.lease_s)):
                 raise NotFound(f"edit {entry.id} was deleted before it began")
             done = self._finished(job, await self._through(job, photo, order))
-            if job.accepting is not None:
-                await asyncio.shield(job.accepting)
+            if (accepting := self._decided(job, write=True)) is not None:
+                await asyncio.shield(accepting)
         except asyncio.CancelledError:
             await self._taken_in(job)
             if self._closing:
@@ -413,19 +424,29 @@ class Desk:
         return StoredEdit(answer, marked(answer, done.pictures), done.latent)
 
     @staticmethod
-    async def _taken_in(job: _Job) -> None:
-        """Wait until the ledger has the edit or has refused it: what comes next is told it too."""
-        if job.accepting is not None:
-            await asyncio.shield(asyncio.gather(job.accepting, return_exceptions=True))
+    def _decided(job: _Job, *, write: bool) -> asyncio.Future[tuple[Entry, bool]] | None:
+        """Say whether a new edit is to be written, where that is still open; its taking in."""
+        if job.write is not None and not job.write.done():
+            job.write.set_result(write)
+        return job.accepting
+
+    async def _taken_in(self, job: _Job, *, write: bool = True) -> bool:
+        """Wait until the ledger has the edit or has not: what comes next is told it too. Whether
+        it was left out altogether."""
+        if (accepting := self._decided(job, write=write)) is None:
+            return False
+        await asyncio.shield(asyncio.gather(accepting, return_exceptions=True))
+        return isinstance(accepting.exception(), Busy)
 
     async def _failed(self, job: _Job, error: EdscError, size: int) -> None:
         entry = job.entry
-        await self._taken_in(job)
         if isinstance(error, Busy) and not job.detached and entry.idempotency_key is None:
             # Turned away, and nobody can come back for it: as if it had never been taken in.
             self.metrics.edited("rejected")
-            await self.store.delete(entry.id)
+            if not await self._taken_in(job, write=False):
+                await self.store.delete(entry.id)
             return
+        await self._taken_in(job)
         rerunnable = not isinstance(error, InvalidRequest | NotFound)
         await self._fail(entry, error, job.caller, rerunnable=rerunnable, size=size)
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from gateway.answer import Order, StoredEdit
-from gateway.desk import Asked, Desk, Limits, status_of
+from gateway.desk import PHOTO_FIRST_S, Asked, Desk, Limits, status_of
 from gateway.ledger import Ledger, State
 from gateway.link import Caller, Link
 from gateway.store import EditStore, Files
@@ -266,6 +266,39 @@ async def test_an_edit_for_later_is_patient(world: World, monkeypatch: pytest.Mo
     await until(lambda: desk.in_flight == 0)
     assert await state(desk, entry.id) is State.DONE
     assert len(link.seen) == 4
+
+
+class FullLink(HeldLink):
+    """Turns everything away after `wait_s` seconds."""
+
+    wait_s = 0.0
+
+    async def edit(self, edit_id: str, photo: bytes, order: Order, **_: Any) -> StoredEdit:
+        await asyncio.sleep(self.wait_s)
+        raise Busy("full")
+
+
+@pytest.mark.parametrize(("wait_s", "written"), [(0.0, 0), (2 * PHOTO_FIRST_S, 1)])
+async def test_what_is_turned_away_at_once_is_never_written(
+    world: World, wait_s: float, written: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = FullLink()
+    link.wait_s = wait_s
+    desk = world.desk(link)
+    rows: list[bool] = []
+    accept = desk.store.accept
+
+    async def counted(*given: Any) -> Any:
+        entry, is_new = await accept(*given)
+        rows.append(is_new)
+        return entry, is_new
+
+    monkeypatch.setattr(desk.store, "accept", counted)
+    with pytest.raises(Busy, match="full"):
+        await desk.edit(asked())
+    assert len(rows) == written
+    assert sum((await desk.store.counts()).values()) == 0
+    assert desk.store.files.edits() == []
 
 
 async def test_an_edit_turned_away_leaves_nothing(world: World) -> None:
