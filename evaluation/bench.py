@@ -30,6 +30,8 @@ from rich.console import Console
 from rich.table import Table
 
 from edsc.up import Stack, interruptible
+from evaluation.arrivals import read_photos
+from shared.errors import InvalidRequest
 from shared.settings import Settings
 
 ROOT: Final = Path(__file__).resolve().parent.parent
@@ -253,12 +255,10 @@ def _options(argv: Sequence[str] | None) -> BenchOptions:
         "--quality", action="append", choices=defaults.qualities, help="may be given again"
     )
     given = parser.parse_args(argv)
-    suffixes = {".jpg", ".jpeg", ".png", ".webp"}
-    folder: Path = given.photos
-    files = [path for path in sorted(folder.glob("*")) if path.suffix.lower() in suffixes]
-    photos = tuple(path.read_bytes() for path in files)
-    if not photos:
-        parser.error(f"{folder} has no photographs; expected some of {sorted(suffixes)}")
+    try:
+        photos = tuple(photo.data for photo in read_photos(given.photos))
+    except InvalidRequest as error:
+        parser.error(str(error))
     return BenchOptions(
         edits=given.edits,
         paper_edits=given.paper_edits,

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from channel_sim.channel import Channel, ChannelConfig
 from evaluation import bench
+from evaluation.arrivals import read_photos
 from evaluation.bars import Bar, exactly, statistic
 from evaluation.card import keep
 from evaluation.edits import edit_bars, edit_faces
@@ -399,7 +400,7 @@ def speed(bundle: Bundle, edits: int = 20) -> Iterator[Bar]:
     """Median time of one `fast` edit through the four processes, on this machine."""
     from edsc.up import Stack
 
-    photos = tuple(path.read_bytes() for path in sorted((bench.ROOT / "samples").glob("*.png")))
+    photos = tuple(photo.data for photo in read_photos(bench.ROOT / "samples"))
     options = bench.BenchOptions(edits=edits, photos=photos)
     with (
         Stack(Settings(weights=bundle.folder.resolve()), free_ports=True) as stack,

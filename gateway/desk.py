@@ -76,18 +76,30 @@ class Asked:
     detached: bool = False
 
 
+@dataclass(frozen=True)
+class _Taking:
+    """A new edit on its way into the ledger. write: whether it gets there; nobody having said, it
+    does after PHOTO_FIRST_S. row: what the ledger makes of it; Busy where it does not get there."""
+
+    write: asyncio.Future[bool]
+    row: asyncio.Future[tuple[Entry, bool]]
+
+    def decide(self, write: bool) -> None:
+        """Say so, where that is still open."""
+        if not self.write.done():
+            self.write.set_result(write)
+
+
 @dataclass
 class _Job:
-    """One edit under way in this process. accepting: of a new one, which the ledger takes in as
-    running; None: one that has been kept before, and is still to be begun there. write: whether a
-    new one is to be written, once that is known before its time (PHOTO_FIRST_S) is over."""
+    """One edit under way in this process. taking: of a new one, which the ledger takes in as
+    running; None: one that has been kept before, and is still to be begun there."""
 
     entry: Entry
     caller: Caller
     detached: bool
     progress: Progress | None
-    accepting: asyncio.Future[tuple[Entry, bool]] | None = None
-    write: asyncio.Future[bool] | None = None
+    taking: _Taking | None = None
     waiting: int = 0
     deleted: bool = False
     task: asyncio.Task[StoredEdit] = field(init=False)
@@ -254,33 +266,35 @@ class Desk:
             bytes=len(asked.photo),
         )
         told_early = asked.detached or asked.key is not None or asked.conversation is not None
-        write = None if told_early else asyncio.get_running_loop().create_future()
-        accepting = asyncio.ensure_future(self._accept(new, asked.photo, write))
-        if write is not None:
-            return self._begin(new.begun(self.store.clock()), asked, progress, accepting, write)
+        write: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        taking = _Taking(write, asyncio.ensure_future(self._accept(new, asked.photo, write)))
+        if not told_early:
+            return self._begin(new.begun(self.store.clock()), asked, progress, taking)
+        taking.decide(True)
         self._reserved += 1
         try:
-            entry, is_new = await asyncio.shield(accepting)
+            entry, is_new = await asyncio.shield(taking.row)
         except asyncio.CancelledError:
             # The client left while we wrote: take back what nobody has been told of.
-            await asyncio.gather(accepting, return_exceptions=True)
-            if not accepting.exception() and accepting.result()[1]:
+            await asyncio.gather(taking.row, return_exceptions=True)
+            if not taking.row.exception() and taking.row.result()[1]:
                 await self.store.delete(new.id)
             raise
         finally:
             self._reserved -= 1
         if not is_new:
             return await self._again(entry, asked, progress)
-        return self._begin(entry, asked, progress, accepting)
+        return self._begin(entry, asked, progress, taking)
 
     async def _accept(
-        self, new: NewEdit, photo: bytes, write: asyncio.Future[bool] | None
+        self, new: NewEdit, photo: bytes, write: asyncio.Future[bool]
     ) -> tuple[Entry, bool]:
-        """Take an edit in, at once or when `write` says so. Raises Busy where it says never."""
-        if write is not None:
-            await asyncio.wait({write}, timeout=PHOTO_FIRST_S)
-            if write.done() and not write.result():
-                raise Busy("turned away before it was taken in")
+        """Take an edit in when `write` says so, or has not said anything in time."""
+        await asyncio.wait({write}, timeout=PHOTO_FIRST_S)
+        if not write.done():
+            write.set_result(True)
+        if not write.result():
+            raise Busy("turned away before it was taken in")
         return await self.store.accept(new, photo, self.limits.lease_s)
 
     async def _again(
@@ -317,10 +331,9 @@ class Desk:
         entry: Entry,
         asked: Asked,
         progress: Progress | None,
-        accepting: asyncio.Future[tuple[Entry, bool]] | None = None,
-        write: asyncio.Future[bool] | None = None,
+        taking: _Taking | None = None,
     ) -> _Job:
-        job = _Job(entry, asked.caller, asked.detached, progress, accepting, write)
+        job = _Job(entry, asked.caller, asked.detached, progress, taking)
         self._jobs[entry.id] = job
         job.task = asyncio.create_task(self._run(job, asked.photo, asked.order))
         job.task.add_done_callback(lambda task: self._ended(entry.id, task))
@@ -362,12 +375,12 @@ class Desk:
     async def _run(self, job: _Job, photo: bytes, order: Order) -> StoredEdit:
         entry = job.entry
         try:
-            new = job.accepting is not None
-            if not (new or await self.store.begin(entry.id, self.limits.lease_s)):
+            if job.taking is None and not await self.store.begin(entry.id, self.limits.lease_s):
                 raise NotFound(f"edit {entry.id} was deleted before it began")
             done = self._finished(job, await self._through(job, photo, order))
-            if (accepting := self._decided(job, write=True)) is not None:
-                await asyncio.shield(accepting)
+            if job.taking is not None:
+                job.taking.decide(True)
+                await asyncio.shield(job.taking.row)
         except asyncio.CancelledError:
             await self._taken_in(job)
             if self._closing:
@@ -416,7 +429,7 @@ class Desk:
     def _finished(self, job: _Job, done: StoredEdit) -> StoredEdit:
         """The answer with what only the gateway knows, the pictures with what they have to say."""
         changes: dict[str, Any] = {"conversation": job.entry.conversation}
-        starts = job.entry.attempts + (job.accepting is None)
+        starts = job.entry.attempts + (job.taking is None)
         if starts > 1:
             note = f"run again after the gateway had stopped (start {starts})"
             changes["notes"] = [*done.answer.notes, note]
@@ -424,26 +437,19 @@ class Desk:
         return StoredEdit(answer, marked(answer, done.pictures), done.latent)
 
     @staticmethod
-    def _decided(job: _Job, *, write: bool) -> asyncio.Future[tuple[Entry, bool]] | None:
-        """Say whether a new edit is to be written, where that is still open; its taking in."""
-        if job.write is not None and not job.write.done():
-            job.write.set_result(write)
-        return job.accepting
-
-    async def _taken_in(self, job: _Job, *, write: bool = True) -> bool:
-        """Wait until the ledger has the edit or has not: what comes next is told it too. Whether
-        it was left out altogether."""
-        if (accepting := self._decided(job, write=write)) is None:
-            return False
-        await asyncio.shield(asyncio.gather(accepting, return_exceptions=True))
-        return isinstance(accepting.exception(), Busy)
+    async def _taken_in(job: _Job, *, write: bool = True) -> None:
+        """Wait until the ledger has the edit or has refused it: what comes next is told it too."""
+        if job.taking is not None:
+            job.taking.decide(write)
+            await asyncio.shield(asyncio.gather(job.taking.row, return_exceptions=True))
 
     async def _failed(self, job: _Job, error: EdscError, size: int) -> None:
         entry = job.entry
         if isinstance(error, Busy) and not job.detached and entry.idempotency_key is None:
             # Turned away, and nobody can come back for it: as if it had never been taken in.
             self.metrics.edited("rejected")
-            if not await self._taken_in(job, write=False):
+            await self._taken_in(job, write=False)
+            if job.taking is None or job.taking.write.result():
                 await self.store.delete(entry.id)
             return
         await self._taken_in(job)

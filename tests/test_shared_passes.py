@@ -12,6 +12,7 @@ from shared.call import Call
 from shared.errors import Cancelled
 from shared.telemetry import Metrics
 from shared.worker import Worker
+from tests.test_shared_batching import Caller
 
 AT_ONCE = 2
 
@@ -42,23 +43,6 @@ class Hall:
             return (yield from ask(self.operation, items))
 
         return steps
-
-
-class Caller:
-    """A transport that hangs up when told to."""
-
-    def __init__(self) -> None:
-        self.hang_up: Callable[[], None] = lambda: None
-
-    def invocation_metadata(self) -> list[tuple[str, str | bytes]]:
-        return []
-
-    def time_remaining(self) -> float | None:
-        return 30.0
-
-    def add_callback(self, callback: Callable[[], None]) -> bool:
-        self.hang_up = callback
-        return True
 
 
 @pytest.fixture
@@ -136,7 +120,7 @@ def test_who_leaves_during_a_pass_is_gone_and_spoils_nothing(
     worker: Worker, halls: Callable[..., Hall]
 ) -> None:
     door, _ = company(worker, halls)
-    hall, caller = halls("a"), Caller()
+    hall, caller = halls("a"), Caller(30.0)
     left = worker.submit_steps(Call(caller, "Visit", 30.0), hall.visit(1))
     stayed = worker.submit_steps(None, hall.visit(2))
     door.free.set()
