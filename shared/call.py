@@ -37,13 +37,14 @@ class CallContext(Protocol):
 class Call:
     """One request under way: who asked, how long it may take, whether anybody still waits.
 
-    method: name of the rpc. request_id: the caller's x-request-id, or a new one.
-    traceparent: the caller's W3C trace context, or "". watch: timings of the call's stages.
+    service, method: whose rpc it is, and its name. request_id: the caller's x-request-id, or a
+    new one. traceparent: the caller's W3C trace context, or "". watch: timings of its stages.
     """
 
-    def __init__(self, context: CallContext, method: str, limit_s: float) -> None:
+    def __init__(self, context: CallContext, service: str, method: str, limit_s: float) -> None:
         metadata = {key: value for key, value in context.invocation_metadata()}
         asked_id = str(metadata.get(REQUEST_ID_KEY, ""))
+        self.service = service
         self.method = method
         self.request_id = asked_id if _REQUEST_ID.fullmatch(asked_id) else new_request_id()
         self.traceparent = str(metadata.get(TRACEPARENT_KEY, ""))
@@ -90,9 +91,9 @@ class Call:
         # The transport ends a call at its deadline, a moment before or after our own clock does.
         if self.remaining_s() < 0.01:
             return DeadlineExceeded(
-                f"{self.method} had {self.limit_s:.3g} s and was not done in time"
+                f"the {self.service} was not done in time: {self.method} had {self.limit_s:.3g} s"
             )
-        return Cancelled(f"the caller of {self.method} went away")
+        return Cancelled(f"the caller of the {self.service}'s {self.method} went away")
 
     def check(self) -> None:
         """Raise Cancelled or DeadlineExceeded if nobody waits any more."""

@@ -241,7 +241,7 @@ def streaming(
 
 @contextmanager
 def _answering(server: Server, method: str, context: grpc.ServicerContext) -> Iterator[Call]:
-    call = Call(context, method, server.settings.default_deadline_s)
+    call = Call(context, server.service, method, server.settings.default_deadline_s)
     metrics = server.metrics
     metrics.in_flight.inc()
     context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))

@@ -167,7 +167,7 @@ def test_who_hangs_up_in_progress_is_dropped_before_the_next_step(
 
     worker = workers(max_batch=2)
     caller = Caller()
-    future = worker.submit_steps(Call(caller, "Test", 60.0), steps)
+    future = worker.submit_steps(Call(caller, "hall", "Test", 60.0), steps)
     assert squares.begun.wait(5)
     caller.hang_up()
     squares.free.set()
@@ -184,11 +184,11 @@ def test_who_is_out_of_time_is_dropped_before_its_turn_and_between_steps(
     squares.free.clear()
     worker = workers(max_batch=1)
     begun = worker.submit_steps(
-        Call(Caller(0.05), "Test", 60.0), lambda: sum_of_squares(squares, [1, 2])
+        Call(Caller(0.05), "hall", "Test", 60.0), lambda: sum_of_squares(squares, [1, 2])
     )
     assert squares.begun.wait(5)
     waiting = worker.submit_steps(
-        Call(Caller(0.05), "Test", 60.0), lambda: sum_of_squares(squares, [3])
+        Call(Caller(0.05), "hall", "Test", 60.0), lambda: sum_of_squares(squares, [3])
     )
     time.sleep(0.1)
     squares.free.set()

@@ -121,7 +121,7 @@ def test_who_leaves_during_a_pass_is_gone_and_spoils_nothing(
 ) -> None:
     door, _ = company(worker, halls)
     hall, caller = halls("a"), Caller(30.0)
-    left = worker.submit_steps(Call(caller, "Visit", 30.0), hall.visit(1))
+    left = worker.submit_steps(Call(caller, "hall", "Visit", 30.0), hall.visit(1))
     stayed = worker.submit_steps(None, hall.visit(2))
     door.free.set()
     hall.wait_for()

@@ -203,7 +203,8 @@ def test_a_call_without_a_deadline_gets_one() -> None:
     with probing(default_deadline_s=0.2) as (probe, stub, _):
         free = threading.Event()
         probe.work = _waits(free)
-        with pytest.raises(DeadlineExceeded, match=r"had 0\.2 s"), translated("channel"):
+        told = r"the channel was not done in time: Propagate had 0\.2 s"
+        with pytest.raises(DeadlineExceeded, match=told), translated("channel"):
             stub.Propagate(REQUEST)
         free.set()
 
