@@ -21,7 +21,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from gateway.answer import EditAnswer, Order, StoredEdit, order_of, request_of
+from gateway.answer import EditAnswer, Order, Quality, StoredEdit, order_of, request_of
 from gateway.edge import problem_of
 from gateway.ledger import Entry, NewEdit, State
 from gateway.link import Caller, Link, Progress
@@ -38,6 +38,7 @@ from shared.errors import (
     Unavailable,
     by_kind,
 )
+from shared.schemes import Scheme
 from shared.telemetry import Metrics, logger
 
 SWEEP_S: Final = 60.0
@@ -46,6 +47,9 @@ POLL_S: Final = 0.25  # how often an edit that another gateway runs is looked at
 # A thread that writes rows would hold up the one that sends the photo; and while nobody has been
 # told of an edit, one that is turned away need not be written at all.
 PHOTO_FIRST_S: Final = 0.05
+# An order like one that was just turned away would be too, until an edit ends: here, where we see
+# it, or at another gateway.
+FULL_S: Final = 0.25
 RETRY_S: Final = (0.5, 1.0, 2.0, 4.0, 8.0)  # between tries of an edit that nobody waits for
 
 
@@ -117,6 +121,7 @@ class Desk:
         self.limits = limits or Limits()
         self._jobs: dict[str, _Job] = {}
         self._reserved = 0  # taken in, and not yet a job
+        self._full: dict[tuple[Scheme, Quality], tuple[float, Busy]] = {}  # until when, and why
         self._closing = False
         self._upkeep: list[asyncio.Task[None]] = []
 
@@ -245,17 +250,22 @@ class Desk:
             await asyncio.gather(job.task, return_exceptions=True)
         await self.store.delete(edit_id, owner)
 
-    def _check_room(self) -> None:
+    def _check_room(self, order: Order | None = None) -> None:
+        """Raise Busy where no edit is taken in, or none like `order` that will not wait."""
         if self.in_flight >= self.limits.max_in_flight:
             raise Busy(
                 f"{self.in_flight} edits are under way; at most {self.limits.max_in_flight} may be"
             )
+        if order is not None and (full := self._full.get((order.scheme, order.quality))):
+            until, why = full
+            if asyncio.get_running_loop().time() < until:
+                raise Busy(str(why))
 
     async def _take(self, asked: Asked, progress: Progress | None) -> StoredEdit | _Job | Entry:
         """What there is to wait for: an edit done before, a job here, or a row elsewhere."""
         if asked.key is not None and (there := await self.store.by_key(asked.owner, asked.key)):
             return await self._again(there, asked, progress)
-        self._check_room()
+        self._check_room(None if asked.detached else asked.order)
         new = NewEdit(
             id=secrets.token_hex(16),
             request=request_of(asked.order),
@@ -341,8 +351,9 @@ class Desk:
 
     def _ended(self, edit_id: str, task: asyncio.Task[StoredEdit]) -> None:
         self._jobs.pop(edit_id, None)
-        if not task.cancelled():
-            task.exception()  # looked at: whoever waits has it, and a detached one has its row
+        # Looked at: whoever waits has it, and a detached one has its row.
+        if task.cancelled() or not isinstance(task.exception(), Busy):
+            self._full.clear()
 
     async def _wait(self, job: _Job) -> StoredEdit:
         job.waiting += 1
@@ -390,6 +401,9 @@ class Desk:
                 await asyncio.shield(self._failed(job, left, len(photo)))
             raise
         except EdscError as error:
+            if isinstance(error, Busy):
+                until = asyncio.get_running_loop().time() + FULL_S
+                self._full[order.scheme, order.quality] = (until, error)
             await asyncio.shield(self._failed(job, error, len(photo)))
             raise
         except Exception:
@@ -474,27 +488,3 @@ def error_of(entry: Entry) -> EdscError:
     slug = str(told.get("type", "")).rpartition(":")[2]
     kind = by_kind.get("".join(part.capitalize() for part in slug.split("-")), EdscError)
     return kind(str(told.get("detail", "the edit failed")))
-
-
-def status_of(entry: Entry) -> dict[str, Any]:
-    """What is told of an edit that is not done."""
-    told = json.loads(entry.problem) if entry.problem else None
-    waiting = {
-        State.ACCEPTED: "kept; it will be run again, also if the gateway restarts",
-        State.RUNNING: "kept and under way; it is finished also if the gateway restarts",
-        State.FAILED: "failed; POST to its /rerun runs it again"
-        if entry.rerunnable
-        else "failed, and would fail again: see the problem",
-        State.DONE: "done",
-    }
-    return {
-        "id": entry.id,
-        "state": entry.state.value,
-        "detail": waiting[entry.state],
-        "attempts": entry.attempts,
-        "rerunnable": entry.rerunnable,
-        "conversation": entry.conversation,
-        "created_at": entry.created_at,
-        "updated_at": entry.updated_at,
-        "problem": told if entry.state is State.FAILED else None,
-    }

@@ -24,7 +24,7 @@ from pydantic import BaseModel, Field
 from starlette.responses import StreamingResponse
 
 from gateway.answer import PICTURES, EditAnswer, Order, StoredEdit
-from gateway.desk import Asked, Desk, status_of
+from gateway.desk import Asked, Desk
 from gateway.edge import PROBLEM_TYPE, problem, problem_of
 from gateway.form import EVENT_STREAM, preferred, read_order
 from gateway.ledger import Entry, State
@@ -316,6 +316,30 @@ def _add_conversations(router: APIRouter, desk: Desk) -> None:
 
 def _where(edit_id: str) -> dict[str, str]:
     return {"location": f"/v1/edits/{edit_id}", "x-edit-id": edit_id}
+
+
+def status_of(entry: Entry) -> dict[str, Any]:
+    """What is told of an edit that is not done."""
+    told = json.loads(entry.problem) if entry.problem else None
+    waiting = {
+        State.ACCEPTED: "kept; it will be run again, also if the gateway restarts",
+        State.RUNNING: "kept and under way; it is finished also if the gateway restarts",
+        State.FAILED: "failed; POST to its /rerun runs it again"
+        if entry.rerunnable
+        else "failed, and would fail again: see the problem",
+        State.DONE: "done",
+    }
+    return {
+        "id": entry.id,
+        "state": entry.state.value,
+        "detail": waiting[entry.state],
+        "attempts": entry.attempts,
+        "rerunnable": entry.rerunnable,
+        "conversation": entry.conversation,
+        "created_at": entry.created_at,
+        "updated_at": entry.updated_at,
+        "problem": told if entry.state is State.FAILED else None,
+    }
 
 
 def _status_response(entry: Entry) -> JSONResponse:

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from gateway.answer import Order, StoredEdit
-from gateway.desk import PHOTO_FIRST_S, Asked, Desk, Limits, status_of
+from gateway.answer import Order, Quality, StoredEdit
+from gateway.desk import PHOTO_FIRST_S, Asked, Desk, Limits
+from gateway.edits import status_of
 from gateway.ledger import Ledger, State
 from gateway.link import Caller, Link
 from gateway.store import EditStore, Files
@@ -29,6 +30,8 @@ from shared.errors import (
 from shared.settings import Settings
 from shared.telemetry import Metrics
 from tests.test_gateway_store import PHOTO, answer
+
+FAST = Order("-", quality=Quality.FAST)
 
 
 class HeldLink(Link):
@@ -309,11 +312,43 @@ async def test_an_edit_turned_away_leaves_nothing(world: World) -> None:
         await desk.edit(asked())
     assert sum((await desk.store.counts()).values()) == 0
     assert desk.store.files.edits() == []
-    call = asyncio.create_task(desk.edit(asked()))
+    call = asyncio.create_task(desk.edit(asked(order=FAST)))
     await until(lambda: desk.in_flight)
     with pytest.raises(Busy, match="1 edits are under way; at most 1"):
         await desk.edit(asked())
     call.cancel()
+
+
+async def test_one_like_it_is_turned_away_at_the_door_until_an_edit_ends(world: World) -> None:
+    link = HeldLink()
+    desk = world.desk(link)
+    under_way = asyncio.create_task(desk.edit(asked(order=FAST)))
+    await until(lambda: len(link.seen) == 1)
+    link.errors = [Busy("full")]
+    for _ in range(3):
+        with pytest.raises(Busy, match="full"):
+            await desk.edit(asked())
+    assert len(link.seen) == 2  # the services were asked once
+    other = asyncio.create_task(desk.edit(asked(order=FAST)))  # its queue is another one
+    entry = await desk.submit(asked(detached=True))  # this one waits its turn
+    await until(lambda: len(link.seen) == 4)
+    link.free.set()
+    await asyncio.gather(under_way, other)
+    await until(lambda: desk.in_flight == 0)
+    assert await state(desk, entry.id) is State.DONE
+    assert (await desk.edit(asked())).answer.id == link.seen[-1]
+
+
+async def test_the_door_does_not_stay_shut(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.desk.FULL_S", 0.05)
+    link = HeldLink()
+    link.free.set()
+    link.errors = [Busy("full")]
+    desk = world.desk(link)
+    with pytest.raises(Busy, match="full"):
+        await desk.edit(asked())
+    await asyncio.sleep(0.06)
+    assert (await desk.edit(asked())).answer.id == link.seen[-1]
 
 
 # -------------------------------------------------------------------------- the end of a gateway
