@@ -38,7 +38,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
-import httpx
 from rich.console import Console
 from rich.table import Table
 
@@ -183,11 +182,8 @@ def saturate(stack: Stack, options: Options) -> dict[str, float]:
 def hops(options: Options, report: Report) -> None:
     """One edit at a time."""
     asked = BenchOptions(edits=40, photos=options.photos, align=options.align)
-    with (
-        Stack(options.settings(), free_ports=True) as stack,
-        httpx.Client(base_url=stack.url, timeout=options.deadline_s) as client,
-    ):
-        measured = measure(client, options.quality, asked)
+    with Stack(options.settings(), free_ports=True) as stack:
+        measured = measure(stack.url, options.quality, asked, options.deadline_s)
     found = summarise(measured.samples)
     report.figures["hops"] = {**asdict(found), "failures": measured.failures}
     report.at_most("gateway, store and three hops: p50, ms", found.hops_p50_ms, HOPS_GOAL_MS)

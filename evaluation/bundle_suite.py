@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import torch
 from torch import Tensor
 
@@ -402,11 +401,8 @@ def speed(bundle: Bundle, edits: int = 20) -> Iterator[Bar]:
 
     photos = tuple(photo.data for photo in read_photos(bench.ROOT / "samples"))
     options = bench.BenchOptions(edits=edits, photos=photos)
-    with (
-        Stack(Settings(weights=bundle.folder.resolve()), free_ports=True) as stack,
-        httpx.Client(base_url=stack.url, timeout=120.0) as client,
-    ):
-        measured = bench.measure(client, "fast", options)
+    with Stack(Settings(weights=bundle.folder.resolve()), free_ports=True) as stack:
+        measured = bench.measure(stack.url, "fast", options)
     seconds = torch.tensor([sample.client_ms / 1000 for sample in measured.samples])
     p50 = statistic(seconds, lambda x: x.quantile(0.5, -1)) if len(seconds) else None
     failed = f"{len(measured.failures)} failed; " if measured.failures else ""

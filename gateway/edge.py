@@ -258,7 +258,8 @@ class Edge:
             if complete:
                 return await receive()  # waits for the client to hang up, as long as that takes
             try:
-                return await asyncio.wait_for(receive(), self.body_timeout_s)
+                async with asyncio.timeout(self.body_timeout_s):
+                    return await receive()
             except TimeoutError:
                 raise HTTPException(
                     408,
@@ -287,7 +288,8 @@ class Edge:
         thrown_away = 0
         while thrown_away < 4 * self.max_body:
             try:
-                message = await asyncio.wait_for(receive(), self.body_timeout_s)
+                async with asyncio.timeout(self.body_timeout_s):
+                    message = await receive()
             except TimeoutError:
                 return
             thrown_away += len(message.get("body", b""))
