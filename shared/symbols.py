@@ -126,9 +126,10 @@ def to_real(symbols: Tensor) -> Tensor:
 
 def average_power(x: Tensor) -> Tensor:
     """P = (1/n) sum |x_i|^2 of every message. [B, n] complex or real -> [B] float."""
-    # |x|^2 as re^2 + im^2: its gradient is finite at zero, abs() would have none there.
-    squares = x.real.square() + x.imag.square() if x.is_complex() else x.square()
-    return squares.mean(dim=1)  # [B]
+    if x.is_complex():
+        # |x|^2 as re^2 + im^2: its gradient is finite at zero, abs() would have none there.
+        return torch.view_as_real(x.resolve_conj()).square().sum(-1).mean(1)  # [B]
+    return x.square().mean(1)
 
 
 def normalise_power(x: Tensor) -> Tensor:

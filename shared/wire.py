@@ -257,13 +257,9 @@ def _check_size(messages: int, uses: int, max_samples: int) -> None:
 
 
 def _check_power(symbols: Tensor) -> None:
-    power = average_power(symbols)  # [B]
-    # Written so that a NaN is refused.
-    off = ~((power - 1.0).abs() <= POWER_TOLERANCE)
-    if bool(off.any()):
-        message = int(off.nonzero()[0])
-        value = float(power[message])
-        told = f"{value:.6g}" if math.isfinite(value) else str(value)
-        raise InvalidRequest(
-            f"message {message} has average power {told}; expected 1 within {POWER_TOLERANCE:g}"
-        )
+    for message, power in enumerate(average_power(symbols).tolist()):
+        if not abs(power - 1.0) <= POWER_TOLERANCE:  # written so that a NaN is refused
+            told = f"{power:.6g}" if math.isfinite(power) else str(power)
+            raise InvalidRequest(
+                f"message {message} has average power {told}; expected 1 within {POWER_TOLERANCE:g}"
+            )
