@@ -22,8 +22,9 @@ all layers), so the last bias learns fast and the layers slowly.
 
 Losses, Eqs. (12) to (14): distance of the scores from the middle of the asked degree; the other
 attributes keep their degrees; the same person (1 - cosine of EdgeFace). And the same light, which
-neither predictors nor EdgeFace mind: left to itself, a younger face is a burnt-out one. Not where
-the edit is dark itself: a beard that has to keep the chin's colour turns pink.
+neither predictors nor EdgeFace mind: left to itself, a younger face is a burnt-out one. A fringe is
+to have the hair's own colours where the forehead was: left to itself, it is a black wedge on every
+head. Not for beards, which are dark themselves: one that has to keep the chin's colour turns pink.
 
 Run it again whenever the generator, the inversion encoder, the predictor or the adapters in the
 bundle have changed.
@@ -56,6 +57,11 @@ from transmitter.opinions import OPINIONS, Opinions
 from transmitter.predictor import expected_degree
 
 NAME = "fields"
+# Where an aligned face has what, in 8 x 8 cells; of the forehead, how much of a row a full fringe
+# covers.
+HAIR_ROW, HAIR_COLUMNS = 0, slice(2, 6)
+SKIN_ROW, SKIN_COLUMNS = 4, slice(3, 5)
+FOREHEAD = {1: 0.6, 2: 0.8}
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,7 @@ class FieldsRecipe:
     walks: of each attribute in a batch; the hardest ones get most. bias_rate: of the last layer's
     bias, in its own units (its numbers are about 1); learning_rate: of all else. age_identity: how
     much of the identity loss counts for age, which is part of who one is. light_weights: of the
-    squared change of the picture's coarse colours; fringes and beards are dark where skin was not.
+    squared distance of the picture's coarse colours from those wanted (`wanted_light`).
     """
 
     length: int = 1060
@@ -86,7 +92,7 @@ class FieldsRecipe:
     identity_weight: float = 18.0
     age_identity: float = 0.5
     others_weight: float = 0.5
-    light_weights: tuple[float, ...] = (0.0, 25.0, 0.0, 25.0, 25.0)
+    light_weights: tuple[float, ...] = (150.0, 25.0, 0.0, 25.0, 25.0)
     natural_faces: int = 3000
     checkpoint_minutes: float = 5.0
     report_steps: int = 10
@@ -385,10 +391,24 @@ def walk_losses(
         changed = 1 - (nets.who(image) * codes.who[index]).sum(1)
         counts = torch.where(rows == Attribute.AGE.index, recipe.age_identity, 1.0)
         losses["identity"] = recipe.identity_weight * (counts * changed).mean()  # Eq. (13)
-    dimmed = (coarse(image) - codes.light[index]).square().mean((1, 2, 3))  # [B]
+    wanted = wanted_light(codes.light[index], rows, target - degree)
+    dimmed = (coarse(image) - wanted).square().mean((1, 2, 3))  # [B]
     minds = torch.tensor(recipe.light_weights, device=device)[rows]
     losses["light"] = (minds * dimmed).mean()
     return losses
+
+
+def wanted_light(light: Tensor, rows: Tensor, change: Tensor) -> Tensor:
+    """Coarse colours [B,3,8,8] of faces after edits of the attributes `rows` [B] by `change` [B]
+    degrees: those that there were, and on the forehead the hair's as far as the fringe grows.
+    """
+    hair = light[:, :, HAIR_ROW, HAIR_COLUMNS].mean(2)  # [B,3]
+    skin = light[:, :, SKIN_ROW, SKIN_COLUMNS].mean(2)
+    grown = torch.where(rows == Attribute.BANGS.index, change / MAX_DEGREE, 0.0)  # [B]
+    wanted = light.clone()
+    for row, share in FOREHEAD.items():
+        wanted[:, :, row, HAIR_COLUMNS] += share * (grown[:, None] * (hair - skin))[:, :, None]
+    return wanted
 
 
 @torch.no_grad()
