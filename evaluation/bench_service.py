@@ -42,6 +42,7 @@ from rich.console import Console
 from rich.table import Table
 
 from edsc.up import ROOT, SERVICES, Stack, interruptible
+from evaluation.arrivals import read_photos
 from evaluation.bench import HOPS_GOAL_MS, BenchOptions, measure, percentile, summarise
 from evaluation.traffic import (
     LOST,
@@ -59,7 +60,7 @@ from evaluation.traffic import (
     statuses,
 )
 from gateway.ledger import Ledger, State
-from shared.errors import Unavailable
+from shared.errors import InvalidRequest, Unavailable
 from shared.pb import edsc_pb2, edsc_pb2_grpc
 from shared.rpc import open_channel
 from shared.settings import ServiceName, Settings
@@ -428,13 +429,16 @@ def _options(argv: Sequence[str] | None) -> tuple[Options, argparse.Namespace]:
     parser.add_argument(
         "--only", action="append", choices=sorted(EXPERIMENTS), help="may be given again"
     )
-    parser.add_argument("--photos", type=Path, default=ROOT / "samples", help="folder of PNGs")
+    parser.add_argument(
+        "--photos", type=Path, default=ROOT / "samples", help="a folder of photographs"
+    )
     parser.add_argument("--json", type=Path, help="file for all figures")
     parser.add_argument("--no-bars", action="store_true", help="exit status 0 also when missed")
     given = parser.parse_args(argv)
-    photos = tuple(path.read_bytes() for path in sorted(given.photos.glob("*.png")))
-    if not photos:
-        parser.error(f"{given.photos} has no PNG")
+    try:
+        photos = tuple(photo.data for photo in read_photos(given.photos))
+    except InvalidRequest as error:
+        parser.error(str(error))
     if min(given.seconds, given.overload_s, given.clients, given.load, given.deadline_s) <= 0:
         parser.error("seconds, overload-s, clients, load and deadline-s are more than 0")
     options = Options(
