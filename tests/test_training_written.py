@@ -18,6 +18,7 @@ from training.written import (
     read_written,
     split_written,
     vary,
+    with_a_cure,
     written_words,
 )
 
@@ -114,9 +115,9 @@ def test_a_plain_change_is_asked_for_in_other_sizes_too() -> None:
     assert found["make his beard far longer"] == Edit(Attribute.BEARD, change=4)
     found = variants("Trim the fringe.", Edit(Attribute.BANGS, change=-3))
     assert {edit.change for edit in found.values() if edit is not None} == {-1, -2, -3, -4, -5}
-    loud = [edit for text, edit in found.items() if "considerably" in text or "massively" in text]
-    assert loud
-    assert set(loud) == {Edit(Attribute.BANGS, change=-4)}
+    for word, change in (("considerably", -4), ("massively", -5)):
+        loud = {edit for text, edit in found.items() if word in text}
+        assert loud == {Edit(Attribute.BANGS, change=change)}
 
 
 @pytest.mark.parametrize(
@@ -181,3 +182,25 @@ def test_animals_and_things_are_not_edited() -> None:
     assert "put glasses on the snowman." in found
     named = labelled("Put glasses on my father.", Edit(Attribute.EYEGLASSES, change=3))
     assert of_no_person(named, rng) == named
+
+
+@pytest.mark.parametrize("attribute", ATTRIBUTES)
+@pytest.mark.parametrize("change", [4, -1])
+def test_a_complaint_with_its_cure_asks_for_what_the_complaint_does(
+    attribute: Attribute, change: int
+) -> None:
+    edit = Edit(attribute, change=change)
+    rng = Random(4)
+    drawn = [with_a_cure(labelled("This is far too much.", edit), rng) for _ in range(60)]
+    assert {s.edit for s in drawn} == {edit}
+    assert all(s.text.startswith("This is far too much") for s in drawn)
+
+
+def test_complaints_are_drawn_with_a_cure(tmp_path: Path) -> None:
+    file = tmp_path / "few.tsv"
+    file.write_text("ba+4\tthe fringe is far too short\nsm+3\tmore of a smile\n")
+    assert len(split_written(file)[0]) == 2
+    rng = Random(3)
+    drawn = [draw_written(rng, file) for _ in range(400)]
+    cured = [s for s in drawn if s.edit is not None and s.edit.attribute is Attribute.BANGS]
+    assert max(len(s.text) for s in cured) > len("the fringe is far too short") + 20

@@ -105,10 +105,13 @@ def _summed(path: Path) -> tuple[float, ...]:
 def draw_written(rng: Random, path: Path = WRITTEN) -> Sentence:
     """A written sentence of the training part, varied; or two of them in one, to be refused."""
     kept, _ = split_written(path)
-    if rng.random() < 0.02:
+    draw = rng.random()
+    if draw < 0.02:
         joined = _joined(rng, kept)
         if joined is not None:
             return joined
+    elif draw < 0.06 and (complaints := _complaints(path)):
+        return vary(with_a_cure(rng.choice(complaints), rng), rng)
     sentence = rng.choices(kept, cum_weights=_summed(path))[0]
     if sentence.edit is not None:
         draw = rng.random()
@@ -126,6 +129,49 @@ def _joined(rng: Random, kept: Sequence[Sentence]) -> Sentence | None:
     join = rng.choice((". ", " and ", ", ", ". also ", " then ", ", plus ", " and also "))
     first = one.text.rstrip(" .!?")
     return labelled(misspell(f"{first}{join}{other.text}".lower(), rng), None, several=True)
+
+
+# What one says after a complaint; its size is the complaint's.
+_CURES: Mapping[tuple[Attribute, bool], str] = {
+    (
+        Attribute.BANGS,
+        True,
+    ): "bring them down;longer please;make them fuller;let it grow;lengthen it",
+    (Attribute.BANGS, False): "shorten them;trim it;shorter please;thin them out;take it up;cut it",
+    (Attribute.EYEGLASSES, True): "bulk them up;thicker please;make them heavier;darken them",
+    (Attribute.EYEGLASSES, False): "slim them down;thinner please;tone them down;lighter ones",
+    (Attribute.BEARD, True): "grow it out;longer please;thicken it;make it fuller;bulk it up",
+    (
+        Attribute.BEARD,
+        False,
+    ): "shorten it;trim it;thin it out;tidy it up;shave some off;cut it back",
+    (Attribute.SMILING, True): "cheer him up;turn it up;make him smile more;brighten his face",
+    (Attribute.SMILING, False): "tone it down;turn it down;make her smile less;more serious please",
+    (Attribute.AGE, True): "age him up;older please;make her older;add some years;age them",
+    (Attribute.AGE, False): "make her younger;younger please;take some years off;de-age him",
+}
+
+
+@cache
+def _complaints(path: Path) -> tuple[Sentence, ...]:
+    """Training sentences that only complain, and say how much."""
+    return tuple(
+        s
+        for s in split_written(path)[0]
+        if s.edit is not None
+        and s.edit.value not in (3, None)
+        and re.search(r"\btoo\b", s.text)
+        and not re.search(r"[,.;:!?-] *[A-Za-z]", s.text)
+    )
+
+
+def with_a_cure(complaint: Sentence, rng: Random) -> Sentence:
+    """ "The fringe is far too short. Bring it down": as much as the complaint alone asks for."""
+    edit = complaint.edit
+    assert edit is not None
+    cure = rng.choice(_CURES[edit.attribute, edit.direction == "more"].split(";"))
+    join = rng.choice((". ", ", ", "; ", " - ", ", so ", ", please ", " "))
+    return labelled(f"{complaint.text.rstrip(' .!?')}{join}{cure}", edit)
 
 
 # What an edit is about, and things that no edit of ours is about but that are asked for alike.
@@ -360,10 +406,10 @@ _AFTER: Mapping[int, tuple[str, ...]] = {
     1: ("a bit", "a little", "slightly", "a touch", "a tad", "by a bit", "just a little", "a notch",
         "by a hair", "just slightly", "a tiny bit", "only a bit"),
     2: ("somewhat", "moderately", "noticeably", "by a moderate amount", "a fair bit"),
-    4: ("a lot", "by a lot", "considerably", "a great deal", "quite a lot", "drastically", "loads",
-        "massively", "big time", "significantly", "a whole lot"),
+    4: ("a lot", "by a lot", "considerably", "a great deal", "quite a lot", "loads", "big time",
+        "significantly", "a whole lot"),
     5: ("as much as possible", "to the max", "to the extreme", "as far as it goes", "extremely",
-        "as much as you can", "to the maximum"),
+        "as much as you can", "to the maximum", "drastically", "massively"),
 }  # fmt: skip
 _VERB = re.compile(
     r"(?:please |pls |plz |(?:can|could|would|will) (?:you|u|we) |kindly |i want to |let's )?"
