@@ -222,9 +222,13 @@ class Settings(BaseSettings):
         }[service]
         if "," in chosen and "://" not in chosen and not chosen.startswith(("ipv4:", "ipv6:")):
             return _several(chosen)
+        return chosen or self.address(service)
+
+    def address(self, service: ServiceName) -> str:
+        """Where a process on this machine is called."""
         # 0.0.0.0 and :: are addresses to bind, none to call.
         host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
-        return chosen or f"{host}:{self.port(service)}"
+        return f"{host}:{self.port(service)}"
 
 
 def _several(addresses: str) -> str:

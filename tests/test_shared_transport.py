@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from shared.errors import Unavailable
 from shared.pb import edsc_pb2, edsc_pb2_grpc
+from shared.probe import probe
 from shared.rpc import FULL_NAMES, GrpcService, Server, open_channel, translated
 from shared.settings import Settings
 from shared.transport import server_credentials
@@ -63,8 +64,12 @@ class Authority:
             .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
         )
         if host:
-            alternatives = [x509.IPAddress(ipaddress.ip_address(host))]
-            builder = builder.add_extension(x509.SubjectAlternativeName(alternatives), False)
+            name_or_ip: x509.GeneralName
+            if host[0].isdigit():
+                name_or_ip = x509.IPAddress(ipaddress.ip_address(host))
+            else:
+                name_or_ip = x509.DNSName(host)
+            builder = builder.add_extension(x509.SubjectAlternativeName([name_or_ip]), False)
         return builder.sign(self.key, hashes.SHA256())
 
     def issue(self, name: str, host: str = "127.0.0.1", days: int = 1) -> Pair:
@@ -148,6 +153,23 @@ def test_a_server_that_cannot_prove_its_name_is_not_believed(
             call(target, client)
 
 
+def test_a_probe_of_this_machine_expects_the_name_that_others_call(
+    ours: Authority, theirs: Authority
+) -> None:
+    """As in a container: called by a name elsewhere, asked at its own port here."""
+    tls = ours.tls(ours.issue("named", host="channel_sim"))
+    with serving(tls) as target:
+        port = int(target.rpartition(":")[2])
+        here = Settings(channel_port=port, channel_target="dns:///channel_sim:50052", **tls)  # type: ignore[arg-type]
+        probe("channel", here)
+        misnamed = here.model_copy(update={"channel_target": "dns:///receiver:50053"})
+        with pytest.raises(Unavailable, match="the channel does not answer"):
+            probe("channel", misnamed, timeout_s=2.0)
+        stranger = theirs.tls(theirs.issue("stranger"))
+        with pytest.raises(Unavailable):
+            probe("channel", here.model_copy(update=stranger), timeout_s=2.0)
+
+
 def test_half_a_pair_is_told() -> None:
     for name in ("tls", "https"):
         with pytest.raises(ValidationError, match=f"{name}_key alone; expected"):
@@ -193,6 +215,10 @@ def test_four_processes_with_tls_everywhere(ours: Authority, random_bundle: Path
         assert stack.url.startswith("https://")
         trust = ssl.create_default_context(cafile=str(ours.pem))
         assert httpx.get(f"{stack.url}/readyz", verify=trust).json()["ready"]
+        probe(
+            "gateway",
+            settings.model_copy(update={"gateway_port": int(stack.url.rpartition(":")[2])}),
+        )
         assert httpx.get(f"{stack.url}/v1/model", verify=trust).status_code == 200
         with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
             httpx.get(f"{stack.url}/readyz")
