@@ -30,6 +30,7 @@ NETWORK_FILES = {
     "__main__.py",
     "shared/rpc.py",
     "shared/transport.py",
+    "shared/probe.py",
     "gateway/link.py",
     "evaluation/bench_service.py",
 }
