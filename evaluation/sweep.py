@@ -81,6 +81,7 @@ OOD_SCHEMES: Final = (
 STEPS: Final = (0, 70, 90, 110, 130, 150)  # r_inv; the paper: 70..150, chosen 110
 AWGN: Final = ("awgn",)
 _LEAST_FACES: Final = 2
+PATIENCE_S: Final = 5.0  # between looks at whether the process at the other end still lives
 
 
 @dataclass(frozen=True)
@@ -343,7 +344,7 @@ def _in_processes(plan: Plan, trials: Sequence[Trial], done: set[str]) -> Iterat
         finished = 0
         while finished < len(processes):
             try:
-                kind, value = results.get(timeout=5.0)
+                kind, value = results.get(timeout=PATIENCE_S)
             except queue.Empty:
                 dead = [p.exitcode for p in processes if p.exitcode not in (None, 0)]
                 if dead:
@@ -367,14 +368,34 @@ def _work(plan: Plan, jobs: Any, results: Any) -> None:
     try:
         torch.set_num_threads(1)
         tools = _tools(plan)
-        while (job := jobs.get()) is not None:
+        while (job := next_job(jobs)) is not None:
             trial, done = job
             for rows in run_trial(tools, plan.conditions, trial, done):
                 results.put(("rows", rows))
         results.put(("finished", None))
+        if orphaned():
+            results.cancel_join_thread()  # nobody takes them any more
     except BaseException:
         results.put(("failed", traceback.format_exc()))
         raise
+
+
+def next_job(jobs: Any) -> Any:
+    """What comes next in a queue that this process was given; None once who gave it is gone: a
+    queue whose other end was killed says nothing, for ever.
+    """
+    while not orphaned():
+        try:
+            return jobs.get(timeout=PATIENCE_S)
+        except queue.Empty:
+            continue
+    return None
+
+
+def orphaned() -> bool:
+    """Whether the process that started this one is gone."""
+    parent = multiprocessing.parent_process()
+    return parent is not None and not parent.is_alive()
 
 
 # ----------------------------------------------------------------------------------------- memory

@@ -2,6 +2,9 @@
 
 import json
 import os
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -274,6 +277,36 @@ def test_workers_give_the_rows_of_one_process(swept: Path, plan: Plan, tmp_path:
         for metric in ("perceptual", "psnr_db", "ber"):
             if row.get(metric) is not None:
                 assert theirs[key][metric] == pytest.approx(row[metric], abs=1e-3), key
+
+
+BOSS = """
+import multiprocessing, time
+from evaluation.sweep import next_job
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    worker = context.Process(target=next_job, args=(context.Queue(),))
+    worker.start()
+    print(worker.pid, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_worker_whose_parent_was_killed_ends(tmp_path: Path) -> None:
+    script = tmp_path / "boss.py"
+    script.write_text(BOSS)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    with subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment
+    ) as boss:
+        assert boss.stdout is not None
+        worker = Path(f"/proc/{int(boss.stdout.readline())}")
+        assert worker.exists()
+        boss.kill()
+    until = time.monotonic() + 60.0
+    while worker.exists() and (worker / "stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < until, "the worker waits for jobs that nobody gives"
+        time.sleep(0.1)
 
 
 @pytest.mark.slow
