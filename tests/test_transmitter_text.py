@@ -310,20 +310,26 @@ def test_the_shipped_reader_refuses(text: str) -> None:
         shipped()(text)
 
 
-def test_the_shipped_reader_keeps_what_it_reached_on_unseen_sentences() -> None:
+def test_the_shipped_reader_keeps_what_it_reached_on_sentences_it_was_not_trained_on() -> None:
     """Floors below the measured shares, against regressions; the model card has the shares.
 
     Asked for are 98 % right attribute and direction, 90 % right size, 95 % of the others refused.
+    Of today's test set and of those before it together: of one alone the share refused is known to
+    two or three in a hundred.
     """
     reader = shipped()
     if not (SENTENCES / "in_scope.jsonl").is_file():
         pytest.skip(f"no test sentences at {SENTENCES}")
-    figures = read_test_sentences(reader)
-    shares = {name: figure.mean for name, figure in figures.items()}
-    assert figures["attribute and way"].count >= 500
-    assert figures["refused"].count >= 200
-    assert shares["attribute and way"] >= 0.97, shares
-    assert shares["size as well"] >= 0.95, shares
+    sets = [read_test_sentences(reader, folder) for folder in (SENTENCES, SENTENCES / "seen")]
+    counts = {name: sum(figures[name].count for figures in sets) for name in sets[0]}
+    shares = {
+        name: sum(figures[name].mean * figures[name].count for figures in sets) / count
+        for name, count in counts.items()
+    }
+    assert counts["attribute and way"] >= 2300
+    assert counts["refused"] >= 900
+    assert shares["attribute and way"] >= 0.98, shares
+    assert shares["size as well"] >= 0.97, shares
     assert shares["refused"] >= 0.97, shares
 
 
