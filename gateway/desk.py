@@ -121,7 +121,7 @@ class Desk:
         self.limits = limits or Limits()
         self._jobs: dict[str, _Job] = {}
         self._reserved = 0  # taken in, and not yet a job
-        self._full: dict[tuple[Scheme, Quality], tuple[float, Busy]] = {}  # until when, and why
+        self._full: dict[tuple[Scheme, Quality], tuple[float, str]] = {}  # until when, and why
         self._closing = False
         self._upkeep: list[asyncio.Task[None]] = []
 
@@ -259,7 +259,7 @@ class Desk:
         if order is not None and (full := self._full.get((order.scheme, order.quality))):
             until, why = full
             if asyncio.get_running_loop().time() < until:
-                raise Busy(str(why))
+                raise Busy(why)
 
     async def _take(self, asked: Asked, progress: Progress | None) -> StoredEdit | _Job | Entry:
         """What there is to wait for: an edit done before, a job here, or a row elsewhere."""
@@ -403,7 +403,8 @@ class Desk:
         except EdscError as error:
             if isinstance(error, Busy):
                 until = asyncio.get_running_loop().time() + FULL_S
-                self._full[order.scheme, order.quality] = (until, error)
+                # Its words alone: the error holds on to the photo.
+                self._full[order.scheme, order.quality] = (until, str(error))
             await asyncio.shield(self._failed(job, error, len(photo)))
             raise
         except Exception:
