@@ -12,7 +12,6 @@ import ssl
 import sys
 from collections.abc import Sequence
 from typing import Any, get_args
-from urllib.error import URLError
 from urllib.request import urlopen
 
 import grpc
@@ -41,7 +40,7 @@ def _ask_gateway(settings: Settings, timeout_s: float) -> None:
     try:
         url = f"{scheme}://{settings.address('gateway')}/healthz"
         urlopen(url, timeout=timeout_s, context=context).close()
-    except (URLError, OSError) as error:
+    except OSError as error:
         raise Unavailable(f"the gateway does not answer: {error}") from error
 
 

@@ -132,23 +132,27 @@ def _joined(rng: Random, kept: Sequence[Sentence]) -> Sentence | None:
 
 
 # What one says after a complaint; its size is the complaint's.
-_CURES: Mapping[tuple[Attribute, bool], str] = {
-    (
-        Attribute.BANGS,
-        True,
-    ): "bring them down;longer please;make them fuller;let it grow;lengthen it",
-    (Attribute.BANGS, False): "shorten them;trim it;shorter please;thin them out;take it up;cut it",
-    (Attribute.EYEGLASSES, True): "bulk them up;thicker please;make them heavier;darken them",
-    (Attribute.EYEGLASSES, False): "slim them down;thinner please;tone them down;lighter ones",
-    (Attribute.BEARD, True): "grow it out;longer please;thicken it;make it fuller;bulk it up",
-    (
-        Attribute.BEARD,
-        False,
-    ): "shorten it;trim it;thin it out;tidy it up;shave some off;cut it back",
-    (Attribute.SMILING, True): "cheer him up;turn it up;make him smile more;brighten his face",
-    (Attribute.SMILING, False): "tone it down;turn it down;make her smile less;more serious please",
-    (Attribute.AGE, True): "age him up;older please;make her older;add some years;age them",
-    (Attribute.AGE, False): "make her younger;younger please;take some years off;de-age him",
+_CURES: Mapping[Attribute, Mapping[str | None, str]] = {
+    Attribute.BANGS: {
+        "more": "bring them down;longer please;make them fuller;let it grow;lengthen it",
+        "less": "shorten them;trim it;shorter please;thin them out;take it up;cut it",
+    },
+    Attribute.EYEGLASSES: {
+        "more": "bulk them up;thicker please;make them heavier;darken them",
+        "less": "slim them down;thinner please;tone them down;lighter ones",
+    },
+    Attribute.BEARD: {
+        "more": "grow it out;longer please;thicken it;make it fuller;bulk it up",
+        "less": "shorten it;trim it;thin it out;tidy it up;shave some off;cut it back",
+    },
+    Attribute.SMILING: {
+        "more": "cheer him up;turn it up;make him smile more;brighten his face",
+        "less": "tone it down;turn it down;make her smile less;more serious please",
+    },
+    Attribute.AGE: {
+        "more": "age him up;older please;make her older;add some years;age them",
+        "less": "make her younger;younger please;take some years off;de-age him",
+    },
 }
 
 
@@ -169,7 +173,7 @@ def with_a_cure(complaint: Sentence, rng: Random) -> Sentence:
     """ "The fringe is far too short. Bring it down": as much as the complaint alone asks for."""
     edit = complaint.edit
     assert edit is not None
-    cure = rng.choice(_CURES[edit.attribute, edit.direction == "more"].split(";"))
+    cure = rng.choice(split(_CURES[edit.attribute][edit.direction]))
     join = rng.choice((". ", ", ", "; ", " - ", ", so ", ", please ", " "))
     return labelled(f"{complaint.text.rstrip(' .!?')}{join}{cure}", edit)
 
