@@ -24,6 +24,7 @@ class RecipeName(StrEnum):
     MAPPING = "mapping"
     ADAPTERS = "adapters"
     FIELDS = "fields"
+    REGRESSOR = "regressor"
     JUDGE = "judge"
     DEEPSC = "deepsc"
     ALL = "all"

@@ -11,8 +11,8 @@ from shared.errors import InvalidRequest
 from training.run import RunOptions
 
 # What `all` trains, in order: the mapping network, the fields and the adapters want the generator
-# and its inversion encoder, the fields also the predictors and the adapters. The judge only
-# evaluates. The baselines' codec, `deepsc`, is no part of the link.
+# and its inversion encoder, the fields also the predictors and the adapters, and the regressor all
+# of these. The judge only evaluates. The baselines' codec, `deepsc`, is no part of the link.
 ORDER: Final = (
     "predictor",
     "opinions",
@@ -22,6 +22,7 @@ ORDER: Final = (
     "mapping",
     "adapters",
     "fields",
+    "regressor",
     "judge",
 )
 
@@ -53,6 +54,10 @@ def recipe(name: str) -> Callable[[RunOptions], None]:
             from training import fields
 
             return fields.train
+        case "regressor":
+            from training import regressor
+
+            return regressor.train
         case "opinions":
             from training import opinions
 

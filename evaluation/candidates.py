@@ -39,7 +39,7 @@ RAW: Final = f"{OURS}/raw"
 PER_SNR: Final = f"{OURS}/per-snr"
 UNMATCHED: Final = f"{OURS}/unmatched"
 _STEPS: Final = f"{OURS}/steps-"
-LONGEST_WALK: Final = 40  # steps, as the balanced match
+LONGEST_WALK: Final = 46  # steps, as the balanced match
 KEPT: Final = 64  # pictures that are remembered
 
 Value = TypeVar("Value")

@@ -1,4 +1,4 @@
-"""The predictor's and the fields' recipes: evidence, cuts, runs on made-up data, exact resume."""
+"""Recipes of predictor, fields and regressor: evidence, cuts, made-up data, exact resume."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -13,22 +13,26 @@ from shared.stylegan2 import Generator, GeneratorConfig, to_sphere
 from training import fields as fields_recipe
 from training import opinions as opinions_recipe
 from training import predictor as predictor_recipe
+from training import regressor as regressor_recipe
 from training.augment import Augmentation, augment, erase
 from training.data import CELEBA_LABELS, make_fake_data
 from training.degrees import LEVELS, MIN_GAP, auc, cut_points, levels
 from training.fields import FieldsRecipe
 from training.opinions import MEMBERS
 from training.predictor import JUDGE_RECIPE, PredictorRecipe, ordered_pairs
+from training.regressor import RegressorRecipe, Walked, fit
 from training.run import RunOptions
 from transmitter.fields import Fields
 from transmitter.inversion import InversionConfig, InversionEncoder
 from transmitter.opinions import OPINIONS, Opinions
 from transmitter.predictor import Predictor, PredictorConfig
+from transmitter.regressor import Regressor
 
 P_RECIPE = PredictorRecipe(length=4, batch=3, report_steps=2, calibration_faces=4)
 F_RECIPE = FieldsRecipe(
     length=4, depth=2, walks=(1,) * 5, codes=10, report_steps=2, validation_faces=1
 )
+R_RECIPE = RegressorRecipe(length=4, faces=2, walks=2, width=8, fit_steps=3, fit_batch=4)
 
 
 def test_levels_order_the_evidence() -> None:
@@ -275,3 +279,46 @@ def test_fields_need_the_nets_they_edit(tmp_path: Path) -> None:
     predictor_recipe.train(_options(tmp_path, "bare", 1), recipe=P_RECIPE)
     with pytest.raises(InvalidRequest, match="generator"):
         fields_recipe.train(_options(tmp_path, "bare", 1), recipe=F_RECIPE)
+
+
+def test_a_regressor_learns_what_can_be_learned() -> None:
+    """Scores that are linear in the latent are foreseen, and how well is told on unseen walks."""
+    draw = torch.Generator().manual_seed(5)
+    w, w_hat = torch.randn(2, 1200, 16, generator=draw)
+    law = torch.randn(16, 5, generator=draw)
+    attribute = torch.randint(5, (1200,), generator=draw)
+    walked = Walked(w, w_hat, attribute, w @ law, w_hat @ law)
+    recipe = replace(R_RECIPE, faces=4, walks=3, width=16, fit_steps=600, fit_batch=128, rate=1e-2)
+    net, unseen = fit(walked, recipe, seed=1)
+    for wrong, moves in zip(unseen["wrong_by"], unseen["moves_by"], strict=True):
+        assert 0 < wrong < 0.1 * moves
+    blind, nothing = fit(walked, replace(recipe, fit_steps=0), seed=1)
+    assert min(nothing["wrong_by"]) > 0.5 * min(nothing["moves_by"])
+    assert not _same(dict(net.state_dict()), dict(blind.state_dict()))
+
+
+def test_regressor_recipe_resumes_exactly(tmp_path: Path, bundle_of_tiny_nets: Path) -> None:
+    options = _options(tmp_path, "fields", 4)
+    fields_recipe.train(options, recipe=F_RECIPE)
+    regressor_recipe.train(options, recipe=R_RECIPE)
+    bundle = Bundle.open(bundle_of_tiny_nets)
+    halves = replace(options, runs=tmp_path / "runs-other", steps=2)
+    for _ in range(2):
+        regressor_recipe.train(halves, recipe=R_RECIPE)
+    assert _same(bundle.tensors("regressor"), Bundle.open(bundle_of_tiny_nets).tensors("regressor"))
+    loaded = Regressor.from_bundle(bundle)
+    assert loaded is not None
+    assert loaded(torch.randn(3, 512, generator=torch.Generator().manual_seed(0))).shape == (3, 5)
+
+
+def test_a_regressor_of_other_nets_is_not_resumed(
+    tmp_path: Path, bundle_of_tiny_nets: Path
+) -> None:
+    options = _options(tmp_path, "fields", 1)
+    with pytest.raises(InvalidRequest, match="needs 'fields'"):
+        regressor_recipe.train(options, recipe=R_RECIPE)
+    fields_recipe.train(options, recipe=F_RECIPE)
+    regressor_recipe.train(options, recipe=R_RECIPE)
+    fields_recipe.train(replace(options, seed=1, fresh=True), recipe=F_RECIPE)
+    with pytest.raises(InvalidRequest, match="--fresh"):
+        regressor_recipe.train(options, recipe=R_RECIPE)

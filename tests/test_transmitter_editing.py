@@ -22,11 +22,12 @@ from shared.stylegan2 import to_sphere
 from transmitter.editing import LIMITS, MatchLimits, arrival_of, match
 from transmitter.fields import Fields, FieldsConfig, turn
 from transmitter.predictor import Predictor, PredictorConfig
+from transmitter.regressor import Regressor, RegressorConfig
 
 STEP_RAD = 0.02
 RANGE = 23.0  # just above sqrt(512)
 CUTS = torch.tensor([1.0, 3.0, 5.0, 7.0, 9.0])
-PAPER = MatchLimits(max_steps=100, looks=None, batch=1, near=0.0)  # walk until the aim is met
+PAPER = MatchLimits(max_steps=100, looks=None, near=0.0)  # walk until the aim is met
 
 
 class Mirror:
@@ -225,6 +226,13 @@ def test_arrival_is_the_code_without_noise() -> None:
     torch.testing.assert_close(arrival_of(code.encoder, code.decoder, -20.0)(w), dim)
 
 
+class Crooked(Reader):
+    """A score that runs away from what slope and sine foresee."""
+
+    def steady_scores(self, image: Tensor) -> Tensor:
+        return super().steady_scores(image).square() / 8
+
+
 def test_a_look_near_the_aim_is_the_last() -> None:
     def looks(near: float) -> int:
         return match(
@@ -232,11 +240,60 @@ def test_a_look_near_the_aim_is_the_last() -> None:
             Edit(Attribute.SMILING, target=2),
             generator=Mirror(),
             fields=toy_fields(),
-            predictor=Reader(),
-            limits=MatchLimits(looks=12, batch=2, near=near),
+            predictor=Crooked(),
+            limits=MatchLimits(looks=12, near=near),
         ).looks
 
-    assert looks(0.5) < looks(0.0)
+    assert looks(0.9) < looks(0.0)
+
+
+class Seer(Regressor):
+    """R: the numbers themselves, times a factor by which it is wrong."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__(RegressorConfig(width=4))
+        self.factor, self.asked = factor, 0
+
+    def forward(self, w: Tensor) -> Tensor:
+        self.asked += len(w)
+        return self.factor * w[:, :5]
+
+
+@pytest.mark.parametrize("degree", [1, 3, 4])
+@pytest.mark.parametrize("arrival", [None, halved])
+def test_what_is_foreseen_rightly_is_looked_at_once(
+    degree: int, arrival: Callable[[Tensor], Tensor] | None
+) -> None:
+    """The first look is at the face, the second where the regressor says, and that is the last;
+    it is told what arrives, and not the steps that the sweep skips."""
+    seer = Seer(1.0)
+    found = match(
+        start(),
+        Edit(Attribute.BEARD, target=degree),
+        generator=Mirror(),
+        fields=toy_fields(),
+        predictor=Reader(),
+        regressor=seer,
+        arrival=arrival,
+        limits="fast",
+    )
+    assert found.reached
+    assert found.looks == 2
+    assert seer.asked < LIMITS["fast"].max_steps / 2
+
+
+@pytest.mark.parametrize("factor", [0.3, 0.7, 1.5, 3.0, 0.0, -1.0])
+def test_what_is_foreseen_wrongly_is_mended_by_what_is_seen(factor: float) -> None:
+    found = match(
+        start(),
+        Edit(Attribute.BEARD, target=3),
+        generator=Mirror(),
+        fields=toy_fields(),
+        predictor=Reader(),
+        regressor=Seer(factor),
+        limits="balanced",
+    )
+    assert found.reached
 
 
 def test_a_field_of_another_slope_than_measured_still_arrives() -> None:

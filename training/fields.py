@@ -425,7 +425,7 @@ def validate(
     w = torch.cat([nets.encoder(faces.batch(i[None]).to(run.device)) for i in index])
     plain = nets.generator.synthesis(w).clamp(-1, 1)
     who = nets.who(plain)
-    limits = MatchLimits(looks=8, batch=4)
+    limits = MatchLimits(looks=8)
     result: dict[str, float] = {}
     columns, all_moved, all_reached, all_drift, all_same = [plain], 0, 0, 0.0, 0.0
     tried = 0

@@ -9,8 +9,9 @@ the code gave it too little power for, and the picture that is drawn there is ke
 step is judged as it will arrive on average (`Arrival`) and as it will be shown, not as it is sent:
 the editing knows the channel code, as joint editing-channel coding has it.
 
-The walk is rolled out in latent space alone, which is cheap; generator and predictor look at a few
-of its steps at a time (`MatchLimits`). With one look per step it is the paper's loop.
+The walk is rolled out in latent space alone, which is cheap, and the latent regressor says what
+would be seen along it; generator and predictor look where it should meet the aim, and what they see
+corrects what was foreseen (`MatchLimits`). With a look at every step it is the paper's loop.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from types import MappingProxyType
 from typing import Literal, Protocol
 
@@ -29,6 +31,7 @@ from shared.attributes import Attribute, Edit
 from shared.batching import Operation, Steps, alone, ask, ask_one
 from shared.errors import Cancelled
 from transmitter.fields import Fields, FieldsConfig, turn
+from transmitter.regressor import Regressor
 
 Quality = Literal["fast", "balanced", "paper"]
 Arrival = Callable[[Tensor], Tensor]
@@ -43,33 +46,32 @@ class MatchLimits:
     """How far to walk and how closely to watch.
 
     max_steps: longest walk. looks: how many pictures may be drawn and judged after the first one;
-    None: one per step, in order (the paper's loop). batch: pictures drawn at once. near: a score
-    this close to the aim ends the search (degrees are 2 wide; two predictors differ by about 1).
-    stride: the turn of a step, in `step_rad`. straight: steps along a great circle before the field
-    is asked again for its direction (1: the paper's loop; fields are trained on whole walks).
+    None: one per step, in order (the paper's loop). near: a score this close to the aim ends the
+    search (degrees are 2 wide; two predictors differ by about 1). stride: the turn of a step, in
+    `step_rad`. straight: steps along a great circle before the field is asked again for its
+    direction (1: the paper's loop; fields are trained on whole walks).
     """
 
-    max_steps: int = 40
+    max_steps: int = 46
     looks: int | None = 8
-    batch: int = 4
     near: float = 0.2
     stride: float = 1.0
     straight: int = 8
 
     def __post_init__(self) -> None:
         looks = 1 if self.looks is None else self.looks
-        if min(self.max_steps, looks, self.batch, self.straight) < 1:
+        if min(self.max_steps, looks, self.straight) < 1:
             raise ValueError(
-                "max_steps, looks, batch and straight must be at least 1, got "
-                f"{self.max_steps}, {self.looks}, {self.batch} and {self.straight}"
+                "max_steps, looks and straight must be at least 1, got "
+                f"{self.max_steps}, {self.looks} and {self.straight}"
             )
 
 
 LIMITS: Mapping[str, MatchLimits] = MappingProxyType(
     {
-        "fast": MatchLimits(max_steps=40, looks=5, batch=3),
-        "balanced": MatchLimits(max_steps=40, looks=16, batch=4),
-        "paper": MatchLimits(max_steps=100, looks=None, batch=1, stride=0.4, straight=1),
+        "fast": MatchLimits(max_steps=46, looks=4),
+        "balanced": MatchLimits(max_steps=46, looks=12, near=0.05),
+        "paper": MatchLimits(max_steps=100, looks=None, stride=0.46, straight=1),
     }
 )
 
@@ -113,6 +115,20 @@ class Judge(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
+class Sight:
+    """Latents [B, 512] to be seen as they arrive; without an arrival, as they are."""
+
+    w: Tensor
+    arrival: Arrival | None = None
+
+    def arrived(self) -> Tensor:
+        if self.arrival is None:
+            return self.w
+        with torch.autocast(self.w.device.type, enabled=False):  # a latent has more than 8 bits
+            return self.arrival(self.w)
+
+
+@dataclass(frozen=True, eq=False)
 class Look:
     """What was seen at a latent: the picture [1, 3, H, W] in [-1, 1] and its scores [5]."""
 
@@ -133,38 +149,58 @@ class Stretch:
     straight: int
 
 
+_POST = 4  # steps
+_BEND = 4.0  # how many times faster or slower than foreseen a score may turn out to move
+
+
 @dataclass(frozen=True, eq=False)
 class Matching:
     """The networks of the matching as operations that requests can share.
 
-    look: latents [1, 512] -> pictures and scores. walk: stretches -> the latents along them, each
-    [1, 512]. config, judge: of the fields and of the predictor behind them.
+    look: sights of one latent -> pictures and scores. walk: stretches -> the latents along them,
+    each [1, 512]. foresee: sights of B latents -> the scores [B, 5] that should be seen on them;
+    None without a regressor. config, judge: of the fields and of the predictor behind them.
     """
 
-    look: Operation[Tensor, Look]
+    look: Operation[Sight, Look]
     walk: Operation[Stretch, list[Tensor]]
+    foresee: Operation[Sight, Tensor] | None
     config: FieldsConfig
     judge: Judge
 
     @classmethod
-    def of(cls, generator: Renderer, fields: Fields, predictor: Judge, most: int = 8) -> Matching:
+    def of(
+        cls,
+        generator: Renderer,
+        fields: Fields,
+        predictor: Judge,
+        regressor: Regressor | None = None,
+        most: int = 8,
+    ) -> Matching:
         """most: pictures in one pass."""
 
         @torch.no_grad()
-        def look(latents: Sequence[Tensor]) -> Sequence[Look]:
+        def look(sights: Sequence[Sight]) -> Sequence[Look]:
             # In range, as they are shown: blacker than black reads as hair to the predictor.
-            images = generator.synthesis(torch.cat(list(latents))).clamp(-1, 1)
+            images = generator.synthesis(torch.cat([s.arrived() for s in sights])).clamp(-1, 1)
             scores = predictor.steady_scores(images)  # [B, 5]
             # Clones: a picture that is kept should not keep the others of its batch in memory.
-            return [Look(images[i : i + 1].clone(), scores[i].clone()) for i in range(len(latents))]
+            return [Look(images[i : i + 1].clone(), scores[i].clone()) for i in range(len(sights))]
 
         @torch.no_grad()
         def walk(stretches: Sequence[Stretch]) -> Sequence[list[Tensor]]:
             return _walk_together(fields, stretches)
 
+        @torch.no_grad()
+        def foresee(sights: Sequence[Sight]) -> Sequence[Tensor]:
+            assert regressor is not None
+            scores = regressor(torch.cat([sight.arrived() for sight in sights]))
+            return list(scores.split([len(sight.w) for sight in sights]))
+
         return cls(
             Operation("look", look, most, dear=True),
             Operation("walk", walk),
+            None if regressor is None else Operation("foresee", foresee),
             fields.config,
             predictor,
         )
@@ -199,6 +235,7 @@ def match(
     generator: Renderer,
     fields: Fields,
     predictor: Judge,
+    regressor: Regressor | None = None,
     arrival: Arrival | None = None,
     max_steps: int | None = None,
     limits: MatchLimits | Quality = "balanced",
@@ -214,7 +251,7 @@ def match(
     shows it is returned as it is. `progress` gets 0..1. Raises Cancelled once `cancelled()` is
     true, ValueError for a wrong shape.
     """
-    networks = Matching.of(generator, fields, predictor)
+    networks = Matching.of(generator, fields, predictor, regressor)
     return alone(
         matching(
             w,
@@ -245,8 +282,8 @@ def matching(
         raise ValueError(f"w must be [1, {networks.config.width}], got {list(w.shape)}")
     limit = LIMITS[limits] if isinstance(limits, str) else limits
     steps = limit.max_steps if max_steps is None else max_steps
-    walk = _Walk(w, edit, networks, arrival or _as_sent, cancelled, limit)
-    yield from walk.look([0])
+    walk = _Walk(w, edit, networks, arrival, cancelled, limit)
+    yield from walk.look(0)
     before = walk.degrees(0)
     expected = edit.expected(int(before[walk.index]))  # Eq. (10)
     if expected == int(before[walk.index]):
@@ -255,7 +292,7 @@ def matching(
     if limit.looks is None:
         yield from _watch_every_step(walk, steps, limit, progress)
     else:
-        yield from _watch_some_steps(walk, steps, limit, limit.looks, progress)
+        yield from _watch_likely_steps(walk, steps, limit, progress)
     after = walk.degrees(walk.best)
     return Match(
         w=walk.path[walk.best].clone(),
@@ -285,10 +322,6 @@ def arrival_of(encoder: ChannelEncoder, decoder: ChannelDecoder, snr_db: float) 
     return arrive
 
 
-def _as_sent(w: Tensor) -> Tensor:
-    return w
-
-
 class _Walk:
     """The path of one edit: latents by step, and the scores of the steps that were looked at.
 
@@ -302,7 +335,7 @@ class _Walk:
         w: Tensor,
         edit: Edit,
         networks: Matching,
-        arrival: Arrival,
+        arrival: Arrival | None,
         cancelled: Callable[[], bool] | None,
         limit: MatchLimits,
     ) -> None:
@@ -312,6 +345,7 @@ class _Walk:
         self.turn_rad, self.straight = limit.stride * networks.config.step_rad, limit.straight
         self.path = [w]
         self.scores: dict[int, Tensor] = {}  # step -> scores [5]
+        self.foreseen: list[float] = []  # by step: how far the score should have moved
         self.sign, self.expected = 1, 0
         self.low = self.high = 0.0
         self.best, self.image = 0, w  # until the first look
@@ -335,28 +369,62 @@ class _Walk:
             return self.low + 1.5
         return (self.low + self.high) / 2
 
-    def look(self, steps: list[int]) -> Steps[None]:
-        """Draw the steps' faces and judge them, in one batch."""
+    def look(self, step: int) -> Steps[None]:
+        """Draw the step's face and judge it."""
         if self.cancelled is not None and self.cancelled():
             raise Cancelled("the edit was cancelled while matching the attribute")
-        new = [step for step in steps if step not in self.scores]
-        if not new:
-            return
-        if (missing := max(new) + 1 - len(self.path)) > 0:
+        yield from self._walk_to(step)
+        sight = Sight(self.path[step], self.arrival if step else None)
+        look = yield from ask_one(self.networks.look, sight)
+        self.scores[step] = look.scores
+        if step == 0:
+            self.image = look.image
+        elif (worth := self._rank(step)) > self._worth:
+            self.best, self.image, self._worth = step, look.image, worth
+
+    def _walk_to(self, step: int) -> Steps[None]:
+        if (missing := step + 1 - len(self.path)) > 0:
             turn_rad = self.sign * self.turn_rad
             stretch = Stretch(self.path[-1], self.attribute, turn_rad, missing, self.straight)
             self.path += yield from ask_one(self.networks.walk, stretch)
-        if new == [0]:
-            latents = self.path[:1]
-        else:
-            latents = list(self.arrival(torch.cat([self.path[step] for step in new])).split(1))
-        seen = yield from ask(self.networks.look, latents)
-        for step, look in zip(new, seen, strict=True):
-            self.scores[step] = look.scores
-            if step == 0:
-                self.image = look.image
-            elif (worth := self._rank(step)) > self._worth:
-                self.best, self.image, self._worth = step, look.image, worth
+
+    def foresee(self, steps: int) -> Steps[None]:
+        """Walk to the end and say what should be seen on the way, without drawing it: what the
+        regressor says, but no standstill; without a regressor, the field's mean slope.
+        """
+        slope = max(self.networks.config.slopes[self.index] * self.turn_rad, 1e-6)
+        rises = [slope] * steps
+        if self.networks.foresee is not None:
+            yield from self._walk_to(steps)
+            posts = [*range(0, steps, _POST), steps]  # scores are smooth: some steps are enough
+            ways = torch.cat([self.path[step] for step in posts])
+            sights = [Sight(self.path[0]), Sight(ways, self.arrival)]
+            start, along = yield from ask(self.networks.foresee, sights)
+            scores = along[:, self.index].tolist()
+            rises = [
+                self.sign * (high - low) / (far - near)
+                for (near, far), (low, high) in zip(pairwise(posts), pairwise(scores), strict=True)
+                for _ in range(near, far)
+            ]
+            rises[0] += self.sign * (scores[0] - float(start[0, self.index]))
+        self.foreseen = [0.0, *accumulate(max(rise, slope / _BEND) for rise in rises)]
+
+    def expect(self, step: int) -> float:
+        """The score to be seen at a step: as foreseen, bent to go through those that were seen.
+
+        Between two of them it moves from one to the other in the proportion foreseen; beyond the
+        last, as many times faster or slower as it did up to there.
+        """
+        near = max(seen for seen in self.scores if seen < step)
+        move = self.foreseen[step] - self.foreseen[near]
+        if further := [seen for seen in self.scores if seen > step]:
+            far = min(further)
+            whole = self.foreseen[far] - self.foreseen[near]
+            return self.score(near) + move / whole * (self.score(far) - self.score(near))
+        faster = 1.0
+        if near:
+            faster = self.sign * (self.score(near) - self.score(0)) / self.foreseen[near]
+        return self.score(near) + self.sign * min(max(faster, 1 / _BEND), _BEND) * move
 
     def _rank(self, step: int) -> tuple[int, float, int]:
         """At the target by nearness to the aim, before all that are not; the earlier first.
@@ -395,68 +463,32 @@ def _watch_every_step(
 ) -> Steps[None]:
     """The paper's loop: one step, one look, until the aim is met or overshot."""
     for step in range(1, steps + 1):
-        yield from walk.look([step])
+        yield from walk.look(step)
         if progress is not None:
             progress(step / steps)
         if walk.past(step) or walk.off(step) <= limit.near:
             return
 
 
-def _watch_some_steps(
-    walk: _Walk,
-    steps: int,
-    limit: MatchLimits,
-    looks: int,
-    progress: Callable[[float], None] | None,
+def _watch_likely_steps(
+    walk: _Walk, steps: int, limit: MatchLimits, progress: Callable[[float], None] | None
 ) -> Steps[None]:
-    """Few looks: a coarse sweep until the aim is bracketed, then where the line crosses it."""
-    near, far = 0, None  # the aim lies after `near` and not after `far`
-    left = looks
-    while left > 0:
-        count = min(limit.batch, left)
-        if far is None:
-            if near >= steps:
-                return
-            candidates = _ahead(walk, near, steps, count)
-        else:
-            candidates = _between(walk, near, far, count)
-        candidates = [step for step in candidates if step not in walk.scores]
-        if not candidates:
-            return
-        yield from walk.look(candidates)
-        left -= len(candidates)
-        if progress is not None:
-            progress(1 - left / looks)
-        if min(map(walk.off, walk.scores)) <= limit.near:
-            return
-        far = min(filter(walk.past, walk.scores), default=None)
-        near = max(s for s in walk.scores if far is None or s < far)
-        if far is not None and far - near <= 1:
-            return
-
-
-def _ahead(walk: _Walk, near: int, steps: int, count: int) -> list[int]:
-    """`count` steps after `near`, spread about the distance that the slope predicts: the one seen
-    so far, or before that the field's mean one, measured without a channel.
+    """Few looks: always at the step that should be nearest to the aim, until none should be nearer
+    than what has been seen.
     """
-    slope = max(walk.networks.config.slopes[walk.index] * walk.turn_rad, 1e-6)
-    if near > 0:
-        last = max(step for step in walk.scores if step < near)
-        seen = walk.sign * (walk.score(near) - walk.score(last)) / (near - last)
-        slope = min(max(seen, slope / 4), slope * 2)
-    expected = abs(walk.aim - walk.score(near)) / slope
-    reach = [near + math.ceil(expected * factor) for factor in _SPREAD[-count:]]
-    return sorted({min(steps, max(near + 1, step)) for step in reach})
-
-
-_SPREAD = (0.35, 0.6, 1.0, 1.7)
-"""Fields are steeper or flatter than their mean slope by about a factor of two, face by face."""
-
-
-def _between(walk: _Walk, near: int, far: int, count: int) -> list[int]:
-    """Steps between: where the line through both scores meets the aim, and beside it."""
-    rise = walk.score(far) - walk.score(near)
-    fraction = (walk.aim - walk.score(near)) / rise if rise else 0.5
-    centre = near + min(max(fraction, 0.0), 1.0) * (far - near)
-    inside = range(near + 1, far)
-    return sorted(sorted(inside, key=lambda step: abs(step - centre))[:count])
+    assert limit.looks is not None
+    yield from walk.foresee(steps)
+    for count in range(1, limit.looks + 1):
+        best = min(map(walk.off, walk.scores))
+        if best <= limit.near:
+            return
+        unseen = [step for step in range(1, steps + 1) if step not in walk.scores]
+        if not unseen:
+            return
+        missed = {step: abs(walk.expect(step) - walk.aim) for step in unseen}
+        likely = min(unseen, key=missed.__getitem__)  # the earliest of those that are alike
+        if missed[likely] >= best:
+            return
+        yield from walk.look(likely)
+        if progress is not None:
+            progress(count / limit.looks)

@@ -25,11 +25,12 @@ from shared.compute import in_precision, in_shares, most_in_a_pass
 from shared.errors import Cancelled, InvalidRequest, NoFaceFound
 from shared.images import decode_photo, to_float
 from shared.stylegan2 import Generator
-from transmitter.editing import Arrival, Matching, Quality, arrival_of, matching
+from transmitter.editing import Arrival, Matching, Quality, Sight, arrival_of, matching
 from transmitter.faces import FaceFinder, align
 from transmitter.fields import Fields
 from transmitter.inversion import InversionEncoder, Inverting, inverting
 from transmitter.opinions import Opinions
+from transmitter.regressor import Regressor
 from transmitter.text import Reading, TextReader
 
 INVERSION_STEPS: dict[Quality, int] = {"fast": 0, "balanced": 10, "paper": 110}
@@ -74,6 +75,7 @@ class Transmitter:
         generator: Generator,
         guide: Opinions,
         fields: Fields,
+        regressor: Regressor | None,
         channel_encoder: ChannelEncoder,
         channel_decoder: ChannelDecoder,
         device: torch.device | str = "cpu",
@@ -89,9 +91,11 @@ class Transmitter:
         self.guide = guide.to(self.device)
         self.predictor = self.guide.first
         self.fields = fields.to(self.device)
+        self.regressor = None if regressor is None else regressor.to(self.device)
         self.channel_encoder = channel_encoder.to(self.device)
         self.channel_decoder = channel_decoder.to(self.device)  # the receiver's, to foresee it
         most = most_in_a_pass(self.device)
+        self._read = Operation("read", _each(self.read), aside=True)
         self._decode = Operation("decode", _each(decode_photo), aside=True)
         self._align = Operation("align", _each(self._align_one), aside=True)
 
@@ -105,10 +109,11 @@ class Transmitter:
             see=hastened(inverting.see),
             descend=hastened(inverting.descend),
         )
-        walks = Matching.of(self.generator, self.fields, self.guide, most=most)
+        walks = Matching.of(self.generator, self.fields, self.guide, self.regressor, most)
         self.matching = replace(
             walks,
             walk=in_shares(walks.walk, self.device, 1),
+            foresee=None if walks.foresee is None else in_shares(walks.foresee, self.device, 1),
             look=hastened(walks.look),
         )
         self._draw = hastened(Operation("draw", self._drawn, most, dear=True))
@@ -130,6 +135,7 @@ class Transmitter:
             generator=Generator.from_bundle(bundle),
             guide=Opinions.from_bundle(bundle),
             fields=Fields.from_bundle(bundle),
+            regressor=Regressor.from_bundle(bundle),
             channel_encoder=adapters.encoder,
             channel_decoder=adapters.decoder,
             device=device,
@@ -203,7 +209,9 @@ class Transmitter:
             )
         watch = _Watch(cancelled, progress)
         with watch("read"):  # first: a refused sentence should not cost an inversion
-            reading = None if instruction.strip() == NO_EDIT else self.read(instruction)
+            reading = None
+            if instruction.strip() != NO_EDIT:
+                reading = yield from ask_one(self._read, instruction)
         pixels = photo  # [3, H, W] once decoded
         with watch("decode"):
             if isinstance(pixels, bytes):
@@ -231,7 +239,7 @@ class Transmitter:
             symbols = yield from ask_one(self._code, (w, snr_db))  # [1, 256]
         with watch("draw"):
             if found is None:
-                look = yield from ask_one(self.matching.look, w)
+                look = yield from ask_one(self.matching.look, Sight(w))
                 sent, after = look.image, self.guide.score_degrees(look.scores[None])[0]
             else:
                 # What was seen is what arrives; without a step the two are the same.
@@ -255,7 +263,7 @@ class Transmitter:
 
     def seen(self, w: Tensor) -> Tensor:
         """Scores [1, 5] of the picture that a latent [1, 512] draws, as matching takes them."""
-        (look,) = self.matching.look([w])
+        (look,) = self.matching.look([Sight(w)])
         return look.scores[None]
 
     def draw(self, w: Tensor) -> Tensor:
