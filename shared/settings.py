@@ -67,7 +67,10 @@ class Settings(BaseSettings):
         "the device does so natively",
     )
     threads: int = Field(
-        default=0, ge=0, le=256, description="threads per inference; 0: torch's choice"
+        default=0,
+        ge=0,
+        le=256,
+        description="threads per inference (1: of all computing); 0: torch's choice",
     )
 
     queue_size: int = Field(

@@ -103,6 +103,7 @@ class Worker:
         self._passes: list[_Pass] = []  # under way; the worker thread's own
         self._executor: Executor | None = None
         self._at_once = 1
+        self._aside = True
         self._changed = threading.Condition()
         self._stopping = False
         self._side = ThreadPoolExecutor(1, thread_name_prefix="aside")
@@ -150,9 +151,13 @@ class Worker:
     def passes_at_once(self, executor: Executor, count: int) -> None:
         """From now on up to `count` passes are under way at a time on the executor's threads, each
         of its share of `Operation.most`; a request without company goes on as before.
+
+        With 1, this thread does all there is to do, what else goes aside too: whoever gives a
+        process one core means one.
         """
         with self._changed:
             self._executor, self._at_once = (executor, count) if count > 1 else (None, 1)
+            self._aside = count > 1
 
     def run(self, call: Call, work: Callable[[], T], lane: str | None = None) -> T:
         """Queue `work` and wait for its result, no longer than the call may take."""
@@ -284,7 +289,7 @@ class Worker:
             self._end(job, error=error)
         else:
             job.wanted = wanted
-            if wanted.operation.aside:
+            if wanted.operation.aside and self._aside:
                 job.aside = self._side.submit(wanted.operation, wanted.items)
                 job.aside.add_done_callback(lambda _: self._wake())
 
@@ -328,7 +333,8 @@ class Worker:
     @staticmethod
     def _operation_of(jobs: list[_Job], share: int) -> Operation[Any, Any]:
         """A full pass before one that is not; a dear one that is not full comes last, when the
-        others have brought it all that they can. But nobody is passed over for long."""
+        others have brought it all that they can, and first what is done one by one, which brings
+        company to all. But nobody is passed over for long."""
         waiting: dict[Operation[Any, Any], int] = {}
         for job in jobs:
             assert job.wanted is not None
@@ -337,7 +343,7 @@ class Worker:
                 return operation
             waiting[operation] = waiting.get(operation, 0) + len(job.wanted.items)
         full = [one for one, items in waiting.items() if items * share >= one.most]
-        return full[0] if full else min(waiting, key=lambda operation: operation.dear)
+        return full[0] if full else min(waiting, key=lambda one: (one.dear, not one.aside))
 
     def _step(self) -> bool:
         """One pass: an operation, on the items of as many requests as ask for it and fit. Whether
@@ -359,13 +365,14 @@ class Worker:
         # The lane whose turn it is first, and in it the oldest: they end sooner, none the later.
         for job in sorted(ready, key=lambda job: job.lane is not lane):
             assert job.wanted is not None
+            most = 1 if operation.aside else operation.most
             if job.wanted.operation is operation and (
-                not jobs or (items + len(job.wanted.items)) * share <= operation.most
+                not jobs or (items + len(job.wanted.items)) * share <= most
             ):
                 jobs.append(job)
                 items += len(job.wanted.items)
                 job.passed_over = 0
-            elif job.lane is lane:
+            elif job.lane is lane and not operation.aside:
                 job.passed_over += 1
         asked = [job.wanted.items for job in jobs if job.wanted]
         if executor is None:

@@ -20,11 +20,11 @@ AT_ONCE = 2
 class Hall:
     """An operation whose passes wait until they are let go; keeps who was in each, and where."""
 
-    def __init__(self, name: str, most: int = 64) -> None:
+    def __init__(self, name: str, most: int = 64, aside: bool = False) -> None:
         self.passes: list[tuple[list[int], str]] = []
         self.inside = threading.Semaphore(0)
         self.free = threading.Event()
-        self.operation = Operation(name, self.run, most)
+        self.operation = Operation(name, self.run, most, aside=aside)
 
     def run(self, items: Sequence[int]) -> list[int]:
         self.passes.append((list(items), threading.current_thread().name))
@@ -155,6 +155,56 @@ def test_one_at_a_time_is_as_it_was(halls: Callable[..., Hall]) -> None:
         assert [future.result(10) for future in futures] == [[0], [-1], [-2]]
         assert {where for _, where in hall.passes} == {"worker"}
         assert worker.stop(10.0)
+
+
+def test_one_thread_does_what_goes_aside_elsewhere(halls: Callable[..., Hall]) -> None:
+    """A process that was given one core takes one, and a photo that cannot be read is its
+    sender's affair alone."""
+    photos, faces = halls("decode", 64, True), halls("look")
+    photos.free.set()
+    faces.free.set()
+
+    def edit(number: int) -> Callable[[], Steps[list[int]]]:
+        def steps() -> Steps[list[int]]:
+            photo = yield from ask(photos.operation, [number])
+            return (yield from ask(faces.operation, photo))
+
+        return steps
+
+    with ThreadPoolExecutor(1) as executor:
+        worker = Worker(100, Metrics("test"), max_batch=4)
+        worker.passes_at_once(executor, 1)
+        bad, *good = (worker.submit_steps(None, edit(number)) for number in (-1, 2, 3))
+        assert [future.result(10) for future in good] == [[2], [3]]
+        with pytest.raises(ZeroDivisionError):
+            bad.result(10)
+        assert worker.stop(10.0)
+    assert sorted(items for items, _ in photos.passes) == [[-1], [2], [3]]  # one by one, once
+    assert {where for _, where in photos.passes + faces.passes} == {"worker"}
+
+
+def test_what_is_done_one_by_one_comes_first(halls: Callable[..., Hall]) -> None:
+    """Else every photo that is read would be encoded before the next one is read: alone."""
+    photos, faces = halls("decode", 64, True), halls("encode")
+    faces.free.set()
+    numbers = range(2, 9)
+
+    def edit(number: int) -> Callable[[], Steps[list[int]]]:
+        def steps() -> Steps[list[int]]:
+            photo = yield from ask(photos.operation, [number])
+            return (yield from ask(faces.operation, photo))
+
+        return steps
+
+    with ThreadPoolExecutor(1) as executor:
+        worker = Worker(100, Metrics("test"), max_batch=8)
+        worker.passes_at_once(executor, 1)
+        futures = [worker.submit_steps(None, edit(number)) for number in numbers]
+        photos.wait_for()  # the first is being read while the others come
+        photos.free.set()
+        assert [future.result(10) for future in futures] == [[n] for n in numbers]
+        assert worker.stop(10.0)
+    assert [items for items, _ in faces.passes] == [[-n for n in numbers]]
 
 
 def test_many_requests_in_many_steps_all_end(worker: Worker) -> None:
