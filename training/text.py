@@ -47,7 +47,7 @@ DEMANDED = {"direction": 0.98, "refused": 0.98}  # shares of right answers, see 
 class Recipe:
     """What the run does; the defaults are the shipped net's."""
 
-    steps: int = 64300
+    steps: int = 98300
     batch: int = 64
     written: float = 0.6  # share of written sentences; the others are the grammar's
     chunk: int = 32  # batches drawn at once and sorted by length, so that padding is short
