@@ -31,7 +31,7 @@ from shared.bundle import Bundle
 from shared.errors import InvalidRequest
 from shared.schemes import PLANS, Scheme
 from shared.symbols import Reception, normalise_power, to_complex, to_real
-from transmitter.editing import Quality
+from transmitter.editing import LIMITS, Quality
 from transmitter.pipeline import Transmitter
 
 OURS: Final = Scheme.EDITABLE_DEEPSC.value
@@ -39,7 +39,7 @@ RAW: Final = f"{OURS}/raw"
 PER_SNR: Final = f"{OURS}/per-snr"
 UNMATCHED: Final = f"{OURS}/unmatched"
 _STEPS: Final = f"{OURS}/steps-"
-LONGEST_WALK: Final = 46  # steps, as the balanced match
+LONGEST_WALK: Final = LIMITS["balanced"].max_steps
 KEPT: Final = 64  # pictures that are remembered
 
 Value = TypeVar("Value")

@@ -96,6 +96,7 @@ def edit_faces(
                 generator=transmitter.generator,
                 fields=transmitter.fields,
                 predictor=guide,
+                regressor=transmitter.regressor,
                 arrival=arrival,
                 limits=quality,
             )

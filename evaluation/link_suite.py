@@ -127,6 +127,7 @@ def run(
                 generator=transmitter.generator,
                 fields=transmitter.fields,
                 predictor=transmitter.guide,
+                regressor=transmitter.regressor,
                 arrival=transmitter.arrival(snr_db),
                 limits=quality,
             )

@@ -28,6 +28,7 @@ from shared.stylegan2 import Generator
 from transmitter.editing import arrival_of, match
 from transmitter.fields import Fields
 from transmitter.opinions import Opinions
+from transmitter.regressor import Regressor
 
 SHOWN = 20
 COLUMNS: Final = 10
@@ -60,6 +61,7 @@ class Studio:
 
     def __init__(self, bundle: Bundle, snr_db: float, candidates: int) -> None:
         self.fields, self.guide = Fields.from_bundle(bundle), Opinions.from_bundle(bundle)
+        self.regressor = Regressor.from_bundle(bundle)
         adapters = Adapters.from_bundle(bundle)
         self.generator = Generator.from_bundle(bundle)
         self.route, self.snr_db = Route(adapters, self.generator), snr_db
@@ -113,6 +115,7 @@ class Studio:
                 generator=self.generator,
                 fields=self.fields,
                 predictor=self.guide,
+                regressor=self.regressor,
                 arrival=self.arrival,
                 limits="balanced",
             )

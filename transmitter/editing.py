@@ -237,7 +237,6 @@ def match(
     predictor: Judge,
     regressor: Regressor | None = None,
     arrival: Arrival | None = None,
-    max_steps: int | None = None,
     limits: MatchLimits | Quality = "balanced",
     cancelled: Callable[[], bool] | None = None,
     progress: Callable[[float], None] | None = None,
@@ -258,7 +257,6 @@ def match(
             edit,
             networks,
             arrival=arrival,
-            max_steps=max_steps,
             limits=limits,
             cancelled=cancelled,
             progress=progress,
@@ -272,7 +270,6 @@ def matching(
     networks: Matching,
     *,
     arrival: Arrival | None = None,
-    max_steps: int | None = None,
     limits: MatchLimits | Quality = "balanced",
     cancelled: Callable[[], bool] | None = None,
     progress: Callable[[float], None] | None = None,
@@ -281,7 +278,6 @@ def matching(
     if w.ndim != 2 or w.shape[0] != 1:
         raise ValueError(f"w must be [1, {networks.config.width}], got {list(w.shape)}")
     limit = LIMITS[limits] if isinstance(limits, str) else limits
-    steps = limit.max_steps if max_steps is None else max_steps
     walk = _Walk(w, edit, networks, arrival, cancelled, limit)
     yield from walk.look(0)
     before = walk.degrees(0)
@@ -290,9 +286,9 @@ def matching(
         return Match(w, before, expected, before, 0, True, walk.image)
     walk.head_for(expected)
     if limit.looks is None:
-        yield from _watch_every_step(walk, steps, limit, progress)
+        yield from _watch_every_step(walk, limit, progress)
     else:
-        yield from _watch_likely_steps(walk, steps, limit, progress)
+        yield from _watch_likely_steps(walk, limit, limit.looks, progress)
     after = walk.degrees(walk.best)
     return Match(
         w=walk.path[walk.best].clone(),
@@ -345,9 +341,10 @@ class _Walk:
         self.turn_rad, self.straight = limit.stride * networks.config.step_rad, limit.straight
         self.path = [w]
         self.scores: dict[int, Tensor] = {}  # step -> scores [5]
+        self.seen: dict[int, float] = {}  # step -> score of the attribute
         self.foreseen: list[float] = []  # by step: how far the score should have moved
         self.sign, self.expected = 1, 0
-        self.low = self.high = 0.0
+        self.low = self.high = self.aim = 0.0
         self.best, self.image = 0, w  # until the first look
         self._worth = (0, 0.0, 0)
 
@@ -357,17 +354,15 @@ class _Walk:
         self.expected = expected
         self.low = cuts[expected - 1] if expected > 0 else -math.inf
         self.high = cuts[expected] if expected < len(cuts) else math.inf
-        self.sign = 1 if self.score(0) < self.low else -1
-        self._worth = self._rank(0)
-
-    @property
-    def aim(self) -> float:
-        """The score to aim at: the interval's middle, 1.5 beyond the cut for the outermost ones."""
+        # The interval's middle; 1.5 beyond the cut for the outermost ones.
         if math.isinf(self.low):
-            return self.high - 1.5
-        if math.isinf(self.high):
-            return self.low + 1.5
-        return (self.low + self.high) / 2
+            self.aim = self.high - 1.5
+        elif math.isinf(self.high):
+            self.aim = self.low + 1.5
+        else:
+            self.aim = (self.low + self.high) / 2
+        self.sign = 1 if self.seen[0] < self.low else -1
+        self._worth = self._rank(0)
 
     def look(self, step: int) -> Steps[None]:
         """Draw the step's face and judge it."""
@@ -376,7 +371,7 @@ class _Walk:
         yield from self._walk_to(step)
         sight = Sight(self.path[step], self.arrival if step else None)
         look = yield from ask_one(self.networks.look, sight)
-        self.scores[step] = look.scores
+        self.scores[step], self.seen[step] = look.scores, float(look.scores[self.index])
         if step == 0:
             self.image = look.image
         elif (worth := self._rank(step)) > self._worth:
@@ -393,21 +388,21 @@ class _Walk:
         regressor says, but no standstill; without a regressor, the field's mean slope.
         """
         slope = max(self.networks.config.slopes[self.index] * self.turn_rad, 1e-6)
-        rises = [slope] * steps
+        moved = [slope * step for step in range(steps + 1)]
         if self.networks.foresee is not None:
             yield from self._walk_to(steps)
             posts = [*range(0, steps, _POST), steps]  # scores are smooth: some steps are enough
             ways = torch.cat([self.path[step] for step in posts])
             sights = [Sight(self.path[0]), Sight(ways, self.arrival)]
             start, along = yield from ask(self.networks.foresee, sights)
-            scores = along[:, self.index].tolist()
-            rises = [
-                self.sign * (high - low) / (far - near)
-                for (near, far), (low, high) in zip(pairwise(posts), pairwise(scores), strict=True)
-                for _ in range(near, far)
+            rises = (self.sign * (along - start)[:, self.index]).tolist()
+            moved = [0.0] + [
+                low + (high - low) * (step - near) / (far - near)
+                for (near, far), (low, high) in zip(pairwise(posts), pairwise(rises), strict=True)
+                for step in range(near + 1, far + 1)
             ]
-            rises[0] += self.sign * (scores[0] - float(start[0, self.index]))
-        self.foreseen = [0.0, *accumulate(max(rise, slope / _BEND) for rise in rises)]
+        least = slope / _BEND
+        self.foreseen = list(accumulate(moved, lambda before, now: max(before + least, now)))
 
     def expect(self, step: int) -> float:
         """The score to be seen at a step: as foreseen, bent to go through those that were seen.
@@ -415,16 +410,16 @@ class _Walk:
         Between two of them it moves from one to the other in the proportion foreseen; beyond the
         last, as many times faster or slower as it did up to there.
         """
-        near = max(seen for seen in self.scores if seen < step)
+        near = max(one for one in self.seen if one < step)
         move = self.foreseen[step] - self.foreseen[near]
-        if further := [seen for seen in self.scores if seen > step]:
+        if further := [one for one in self.seen if one > step]:
             far = min(further)
             whole = self.foreseen[far] - self.foreseen[near]
-            return self.score(near) + move / whole * (self.score(far) - self.score(near))
+            return self.seen[near] + move / whole * (self.seen[far] - self.seen[near])
         faster = 1.0
         if near:
-            faster = self.sign * (self.score(near) - self.score(0)) / self.foreseen[near]
-        return self.score(near) + self.sign * min(max(faster, 1 / _BEND), _BEND) * move
+            faster = self.sign * (self.seen[near] - self.seen[0]) / self.foreseen[near]
+        return self.seen[near] + self.sign * min(max(faster, 1 / _BEND), _BEND) * move
 
     def _rank(self, step: int) -> tuple[int, float, int]:
         """At the target by nearness to the aim, before all that are not; the earlier first.
@@ -435,9 +430,6 @@ class _Walk:
             return 1, -round(self.off(step), 3), -step
         return 0, -round(self.lacks(step), 3), -step
 
-    def score(self, step: int) -> float:
-        return float(self.scores[step][self.index])
-
     def degrees(self, step: int) -> Tensor:
         return self.judge.score_degrees(self.scores[step][None])[0]
 
@@ -446,49 +438,48 @@ class _Walk:
 
     def off(self, step: int) -> float:
         """How far the score is from the aim."""
-        return abs(self.score(step) - self.aim)
+        return abs(self.seen[step] - self.aim)
 
     def past(self, step: int) -> bool:
         """Has the walk met the aim, or gone past it?"""
-        return self.sign * (self.score(step) - self.aim) >= 0
+        return self.sign * (self.seen[step] - self.aim) >= 0
 
     def lacks(self, step: int) -> float:
         """How far the score is outside of the target's interval; 0 inside."""
-        s = self.score(step)
+        s = self.seen[step]
         return max(self.low - s, s - self.high, 0.0)
 
 
 def _watch_every_step(
-    walk: _Walk, steps: int, limit: MatchLimits, progress: Callable[[float], None] | None
+    walk: _Walk, limit: MatchLimits, progress: Callable[[float], None] | None
 ) -> Steps[None]:
     """The paper's loop: one step, one look, until the aim is met or overshot."""
-    for step in range(1, steps + 1):
+    for step in range(1, limit.max_steps + 1):
         yield from walk.look(step)
         if progress is not None:
-            progress(step / steps)
+            progress(step / limit.max_steps)
         if walk.past(step) or walk.off(step) <= limit.near:
             return
 
 
 def _watch_likely_steps(
-    walk: _Walk, steps: int, limit: MatchLimits, progress: Callable[[float], None] | None
+    walk: _Walk, limit: MatchLimits, looks: int, progress: Callable[[float], None] | None
 ) -> Steps[None]:
     """Few looks: always at the step that should be nearest to the aim, until none should be nearer
     than what has been seen.
     """
-    assert limit.looks is not None
-    yield from walk.foresee(steps)
-    for count in range(1, limit.looks + 1):
-        best = min(map(walk.off, walk.scores))
+    yield from walk.foresee(limit.max_steps)
+    for count in range(1, looks + 1):
+        best = min(map(walk.off, walk.seen))
         if best <= limit.near:
             return
-        unseen = [step for step in range(1, steps + 1) if step not in walk.scores]
+        unseen = [step for step in range(1, limit.max_steps + 1) if step not in walk.seen]
         if not unseen:
             return
         missed = {step: abs(walk.expect(step) - walk.aim) for step in unseen}
         likely = min(unseen, key=missed.__getitem__)  # the earliest of those that are alike
-        if missed[likely] >= best:
+        if count > 1 and missed[likely] >= best:
             return
         yield from walk.look(likely)
         if progress is not None:
-            progress(count / limit.looks)
+            progress(count / looks)
