@@ -30,8 +30,8 @@ class Operation(Generic[Item, Result]):
 
     name: for metrics. run: items -> results, as many and in the same order. most: items in one
     call. dear: most of the work, so a pass that is not full may wait for company. aside: items are
-    taken one by one, where there is more than one core on a thread of their own beside the batches
-    (pictures are decoded so).
+    taken one by one, on a thread of their own beside the batches (pictures are decoded so), unless
+    the worker has one thread for all.
     """
 
     name: str

@@ -70,7 +70,7 @@ class Settings(BaseSettings):
         default=0,
         ge=0,
         le=256,
-        description="threads per inference (1: of all computing); 0: torch's choice",
+        description="threads per inference (1: none beside it for photos); 0: torch's choice",
     )
 
     queue_size: int = Field(

@@ -61,7 +61,7 @@ class _Job:
     aside: Future[list[Any]] | None = None  # its step on the side thread, under way or done
     under_way: bool = False  # in a pass on a thread of the executor
     admitted: bool = False
-    passed_over: int = 0  # passes of its lane that went by since it asked
+    passed_over: float = 0.0  # passes of its lane that went by since it asked
 
     def gone(self) -> bool:
         return self.call is not None and self.call.cancelled()
@@ -152,8 +152,8 @@ class Worker:
         """From now on up to `count` passes are under way at a time on the executor's threads, each
         of its share of `Operation.most`; a request without company goes on as before.
 
-        With 1, this thread does all there is to do, what else goes aside too: whoever gives a
-        process one core means one.
+        With 1, the worker's own thread does all that it is given, what else goes aside too: whoever
+        gives a process one core means one.
         """
         with self._changed:
             self._executor, self._at_once = (executor, count) if count > 1 else (None, 1)
@@ -371,9 +371,9 @@ class Worker:
             ):
                 jobs.append(job)
                 items += len(job.wanted.items)
-                job.passed_over = 0
-            elif job.lane is lane and not operation.aside:
-                job.passed_over += 1
+                job.passed_over = 0.0
+            elif job.lane is lane:  # what is done one by one counts all together as a pass
+                job.passed_over += 1 / self._max_batch if operation.aside else 1
         asked = [job.wanted.items for job in jobs if job.wanted]
         if executor is None:
             self._hand_out(operation, jobs, *_timed(operation, asked))
@@ -394,7 +394,8 @@ class Worker:
     ) -> None:
         """Give the requests of a pass what came of it; those that left meanwhile have ended."""
         sizes = [len(job.wanted.items) if job.wanted else 0 for job in jobs]
-        self._metrics.batch(operation.name, sum(sizes))
+        if not operation.aside:
+            self._metrics.batch(operation.name, sum(sizes))
         for job, size, answer in zip(jobs, sizes, answers, strict=True):
             job.under_way = False
             job.lane.spent_s += elapsed_s * size / max(1, sum(sizes))

@@ -92,6 +92,7 @@ def random_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transmitter.fields import Fields, FieldsConfig
     from transmitter.inversion import InversionConfig, InversionEncoder
     from transmitter.predictor import Predictor, PredictorConfig
+    from transmitter.regressor import Regressor, RegressorConfig
     from transmitter.text import TextConfig, TextEncoder
 
     folder = tmp_path_factory.mktemp("random-bundle")
@@ -101,7 +102,7 @@ def random_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         inversion = InversionConfig(image_size=32, channels=(16, 16, 16))
         predictor = PredictorConfig(resolution=32, widths=(8, 8, 8), depths=(0, 0, 0))
         faces, finder = FaceNetConfig((8, 8, 8, 8, 8), (0, 0, 0)), FinderConfig()
-        fields = FieldsConfig(depth=2)
+        fields, regressor = FieldsConfig(depth=2), RegressorConfig(width=16)
         text = TextConfig(pieces=64, width=16, hidden=16, threshold=0.0)
         nets = {
             "generator": (Generator(generator), asdict(generator)),
@@ -109,6 +110,7 @@ def random_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "predictor": (Predictor(predictor), predictor.to_json()),
             "faces": (FaceNets(faces), bundle_config(faces, finder)),
             "fields": (Fields(fields), fields.to_json()),
+            "regressor": (Regressor(regressor), regressor.to_json()),
             "text": (TextEncoder(text), text.to_json()),
         }
     for name, (net, config) in nets.items():

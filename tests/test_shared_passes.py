@@ -160,7 +160,7 @@ def test_one_at_a_time_is_as_it_was(halls: Callable[..., Hall]) -> None:
 def test_one_thread_does_what_goes_aside_elsewhere(halls: Callable[..., Hall]) -> None:
     """A process that was given one core takes one, and a photo that cannot be read is its
     sender's affair alone."""
-    photos, faces = halls("decode", 64, True), halls("look")
+    door, photos, faces = halls("door"), halls("decode", 64, True), halls("look")
     photos.free.set()
     faces.free.set()
 
@@ -174,7 +174,10 @@ def test_one_thread_does_what_goes_aside_elsewhere(halls: Callable[..., Hall]) -
     with ThreadPoolExecutor(1) as executor:
         worker = Worker(100, Metrics("test"), max_batch=4)
         worker.passes_at_once(executor, 1)
+        worker.submit_steps(None, door.visit(0))
+        door.wait_for()  # the others come while the worker is busy, and wait together
         bad, *good = (worker.submit_steps(None, edit(number)) for number in (-1, 2, 3))
+        door.free.set()
         assert [future.result(10) for future in good] == [[2], [3]]
         with pytest.raises(ZeroDivisionError):
             bad.result(10)
@@ -205,6 +208,34 @@ def test_what_is_done_one_by_one_comes_first(halls: Callable[..., Hall]) -> None
         assert [future.result(10) for future in futures] == [[n] for n in numbers]
         assert worker.stop(10.0)
     assert [items for items, _ in faces.passes] == [[-n for n in numbers]]
+
+
+def test_a_flood_of_what_is_done_one_by_one_holds_nobody_up(halls: Callable[..., Hall]) -> None:
+    """Refused sentences come and go by the thousand; an edit beside them still gets its turn."""
+    reading, look = halls("read", 64, True), halls("look")
+    reading.free.set()
+    look.free.set()
+    over = threading.Event()
+    read = threading.Semaphore(0)
+
+    with ThreadPoolExecutor(1) as executor:
+        worker = Worker(100, Metrics("test"), max_batch=2)
+        worker.passes_at_once(executor, 1)
+
+        def one_more(_: object = None) -> None:
+            if not over.is_set():
+                read.release()
+                worker.submit_steps(None, reading.visit(1)).add_done_callback(one_more)
+
+        for _ in range(4):  # one is always waiting for its turn
+            one_more()
+        for _ in range(50):
+            assert read.acquire(timeout=10)
+        try:
+            assert worker.submit_steps(None, look.visit(7)).result(10) == [-7]
+        finally:
+            over.set()
+            assert worker.stop(10.0)
 
 
 def test_many_requests_in_many_steps_all_end(worker: Worker) -> None:

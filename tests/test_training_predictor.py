@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from shared.adapters import Adapters
 from shared.bundle import Bundle, write_net
 from shared.errors import InvalidRequest
 from shared.stylegan2 import Generator, GeneratorConfig, to_sphere
@@ -289,24 +290,27 @@ def test_a_regressor_learns_what_can_be_learned() -> None:
     attribute = torch.randint(5, (1200,), generator=draw)
     walked = Walked(w, w_hat, attribute, w @ law, w_hat @ law)
     recipe = replace(R_RECIPE, faces=4, walks=3, width=16, fit_steps=600, fit_batch=128, rate=1e-2)
-    net, unseen = fit(walked, recipe, seed=1)
+    net, unseen = fit(walked, recipe, torch.Generator().manual_seed(1))
     for wrong, moves in zip(unseen["wrong_by"], unseen["moves_by"], strict=True):
         assert 0 < wrong < 0.1 * moves
-    blind, nothing = fit(walked, replace(recipe, fit_steps=0), seed=1)
+    blind, nothing = fit(walked, replace(recipe, fit_steps=0), torch.Generator().manual_seed(1))
     assert min(nothing["wrong_by"]) > 0.5 * min(nothing["moves_by"])
     assert not _same(dict(net.state_dict()), dict(blind.state_dict()))
+    with pytest.raises(InvalidRequest, match="12 walks"):
+        fit(walked[torch.arange(12)], recipe, torch.Generator())
 
 
 def test_regressor_recipe_resumes_exactly(tmp_path: Path, bundle_of_tiny_nets: Path) -> None:
     options = _options(tmp_path, "fields", 4)
     fields_recipe.train(options, recipe=F_RECIPE)
     regressor_recipe.train(options, recipe=R_RECIPE)
-    bundle = Bundle.open(bundle_of_tiny_nets)
+    whole = Bundle.open(bundle_of_tiny_nets).tensors("regressor")
     halves = replace(options, runs=tmp_path / "runs-other", steps=2)
-    for _ in range(2):
-        regressor_recipe.train(halves, recipe=R_RECIPE)
-    assert _same(bundle.tensors("regressor"), Bundle.open(bundle_of_tiny_nets).tensors("regressor"))
-    loaded = Regressor.from_bundle(bundle)
+    regressor_recipe.train(halves, recipe=R_RECIPE)
+    assert not _same(whole, Bundle.open(bundle_of_tiny_nets).tensors("regressor"))
+    regressor_recipe.train(halves, recipe=R_RECIPE)
+    assert _same(whole, Bundle.open(bundle_of_tiny_nets).tensors("regressor"))
+    loaded = Regressor.from_bundle(Bundle.open(bundle_of_tiny_nets))
     assert loaded is not None
     assert loaded(torch.randn(3, 512, generator=torch.Generator().manual_seed(0))).shape == (3, 5)
 
@@ -319,6 +323,19 @@ def test_a_regressor_of_other_nets_is_not_resumed(
         regressor_recipe.train(options, recipe=R_RECIPE)
     fields_recipe.train(options, recipe=F_RECIPE)
     regressor_recipe.train(options, recipe=R_RECIPE)
-    fields_recipe.train(replace(options, seed=1, fresh=True), recipe=F_RECIPE)
-    with pytest.raises(InvalidRequest, match="--fresh"):
-        regressor_recipe.train(options, recipe=R_RECIPE)
+    assert not Bundle.open(bundle_of_tiny_nets).has("regressor")  # one batch: nothing to learn of
+    for changed in ("fields", "adapters"):
+        if changed == "fields":
+            fields_recipe.train(replace(options, seed=1, fresh=True), recipe=F_RECIPE)
+        else:
+            code = Adapters()
+            write_net(
+                bundle_of_tiny_nets,
+                "adapters",
+                config=code.config.to_json(),
+                tensors=code.state_dict(),
+                provenance={},
+            )
+        with pytest.raises(InvalidRequest, match="--fresh"):
+            regressor_recipe.train(options, recipe=R_RECIPE)
+        regressor_recipe.train(replace(options, fresh=True), recipe=R_RECIPE)

@@ -114,7 +114,9 @@ def open_nets(options: RunOptions, device: torch.device) -> tuple[Nets, str]:
     matching = Matching.of(generator, fields.to(device), guide)
     look = in_precision(matching.look, precision_of("auto", device), device)
     digest = "".join(
-        bundle.index["nets"][net]["sha256"][:8] for net in (*needed, *OPINIONS) if bundle.has(net)
+        bundle.index["nets"][net]["sha256"][:8]
+        for net in (*needed, *OPINIONS, "adapters")
+        if bundle.has(net)
     )
     nets = Nets(
         InversionEncoder.from_bundle(bundle).to(device),
@@ -166,33 +168,35 @@ def look_at_walks(
 
 
 def fit(
-    walked: Walked, recipe: RegressorRecipe, seed: int
+    walked: Walked, recipe: RegressorRecipe, draw: torch.Generator
 ) -> tuple[Regressor, dict[str, list[float]]]:
     """A regressor of these walks; and, by attribute, the median of what it is wrong by about how
     far a score moves (`wrong_by`), on batches that were held out, and the median move (`moves_by`).
+
+    Raises InvalidRequest where all batches are held out.
     """
     per_batch = recipe.faces * recipe.walks
     batches = torch.arange(len(walked.w)) // per_batch
     held = batches % recipe.held_out == 0
     kept, unseen = walked[(~held).nonzero()[:, 0]], walked[held.nonzero()[:, 0]]
-    torch.manual_seed(seed)
+    if not len(kept.w):
+        raise InvalidRequest(f"got {len(walked.w)} walks, expected more: all of them are held out")
     net = Regressor(RegressorConfig(walked.w.shape[1], recipe.width)).to(walked.w.device)
     optimizer = torch.optim.AdamW(
         net.parameters(), lr=recipe.rate, weight_decay=recipe.weight_decay
     )
-    if len(kept.w):
-        for step in range(recipe.fit_steps):
-            ramp = min(1.0, (step + 1) / recipe.warm_up) * (1 - step / recipe.fit_steps)
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.rate * ramp
-            some = kept[torch.randint(len(kept.w), (recipe.fit_batch,))]
-            before, after = net(some.w), net(some.w_hat)
-            moved = (after - before).gather(1, some.attribute[:, None])[:, 0]
-            loss = F.smooth_l1_loss(before, some.before) + F.smooth_l1_loss(after, some.after)
-            loss = loss + recipe.difference_weight * F.smooth_l1_loss(moved, some.moved())
-            optimizer.zero_grad(set_to_none=True)
-            torch.autograd.backward(loss)
-            optimizer.step()
+    for step in range(recipe.fit_steps):
+        ramp = min(1.0, (step + 1) / recipe.warm_up) * (1 - step / recipe.fit_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.rate * ramp
+        some = kept[torch.randint(len(kept.w), (recipe.fit_batch,), generator=draw)]
+        before, after = net(some.w), net(some.w_hat)
+        moved = (after - before).gather(1, some.attribute[:, None])[:, 0]
+        loss = F.smooth_l1_loss(before, some.before) + F.smooth_l1_loss(after, some.after)
+        loss = loss + recipe.difference_weight * F.smooth_l1_loss(moved, some.moved())
+        optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss)
+        optimizer.step()
     net.eval().requires_grad_(False)
     both = net(unseen.w_hat) - net(unseen.w)
     moved = both.gather(1, unseen.attribute[:, None])[:, 0]
@@ -236,8 +240,12 @@ def train(options: RunOptions, *, recipe: RegressorRecipe | None = None) -> None
                 run.record(moved=float(Walked.joined(parts[-1:]).moved().abs().mean()))
             if run.due("checkpoint", recipe.checkpoint_minutes):
                 save()
+        if not parts:
+            return
         save()
-        net, unseen = fit(Walked.joined(parts), recipe, options.seed)
+        if run.step < 2:  # of one batch, all is held out
+            return
+        net, unseen = fit(Walked.joined(parts), recipe, torch.Generator().manual_seed(options.seed))
         names = [attribute.value for attribute in ATTRIBUTES]
         run.record(**dict(zip(names, unseen["wrong_by"], strict=True)))
         write_net(

@@ -25,7 +25,7 @@ class FieldsConfig:
 
     `depth` linear layers of `width` x `width` per attribute; `step_rad` is the turn of one step;
     `slopes` is how fast each attribute's score rises along its field, per radian, as measured on
-    training codes: a first guess of how far to walk.
+    training codes: a first guess of how far to walk, where no regressor has a better one.
     """
 
     width: int = 512
