@@ -31,7 +31,7 @@ from shared.bundle import Bundle
 from shared.errors import InvalidRequest
 from shared.schemes import PLANS, Scheme
 from shared.symbols import Reception, normalise_power, to_complex, to_real
-from transmitter.editing import LIMITS, Quality
+from transmitter.editing import LIMITS, Quality, aim_of
 from transmitter.pipeline import Transmitter
 
 OURS: Final = Scheme.EDITABLE_DEEPSC.value
@@ -173,7 +173,7 @@ class UnmatchedEditor(RememberingEditor):
             expected = edit.expected(int(before[index]))
             steps = 0
             if expected != int(before[index]):
-                rise = _aim(nets.guide.cuts[index].tolist(), expected) - float(scores[0, index])
+                rise = aim_of(nets.guide.cuts[index].tolist(), expected) - float(scores[0, index])
                 turn_rad = math.copysign(nets.fields.config.step_rad, rise)
                 slope = max(nets.fields.config.slopes[index], 1e-6)  # of the score, per radian
                 steps = min(LONGEST_WALK, max(1, round(abs(rise) / (slope * abs(turn_rad)))))
@@ -187,15 +187,6 @@ class UnmatchedEditor(RememberingEditor):
             reached=after[index] == expected,
             match_steps=steps,
         )
-
-
-def _aim(cuts: list[float], degree: int) -> float:
-    """The score to aim at for a degree: its interval's middle, 1.5 beyond the outermost cuts."""
-    if degree == 0:
-        return cuts[0] - 1.5
-    if degree == len(cuts):
-        return cuts[-1] + 1.5
-    return (cuts[degree - 1] + cuts[degree]) / 2
 
 
 class RawLatent(LatentLink):

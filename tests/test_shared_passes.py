@@ -45,6 +45,16 @@ class Hall:
         return steps
 
 
+def through(first: Hall, second: Hall, number: int) -> Callable[[], Steps[list[int]]]:
+    """Visits one, and the other with what came of it."""
+
+    def steps() -> Steps[list[int]]:
+        found = yield from ask(first.operation, [number])
+        return (yield from ask(second.operation, found))
+
+    return steps
+
+
 @pytest.fixture
 def worker() -> Iterator[Worker]:
     with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="core") as executor:
@@ -164,19 +174,14 @@ def test_one_thread_does_what_goes_aside_elsewhere(halls: Callable[..., Hall]) -
     photos.free.set()
     faces.free.set()
 
-    def edit(number: int) -> Callable[[], Steps[list[int]]]:
-        def steps() -> Steps[list[int]]:
-            photo = yield from ask(photos.operation, [number])
-            return (yield from ask(faces.operation, photo))
-
-        return steps
-
     with ThreadPoolExecutor(1) as executor:
         worker = Worker(100, Metrics("test"), max_batch=4)
         worker.passes_at_once(executor, 1)
         worker.submit_steps(None, door.visit(0))
         door.wait_for()  # the others come while the worker is busy, and wait together
-        bad, *good = (worker.submit_steps(None, edit(number)) for number in (-1, 2, 3))
+        bad, *good = (
+            worker.submit_steps(None, through(photos, faces, number)) for number in (-1, 2, 3)
+        )
         door.free.set()
         assert [future.result(10) for future in good] == [[2], [3]]
         with pytest.raises(ZeroDivisionError):
@@ -192,17 +197,10 @@ def test_what_is_done_one_by_one_comes_first(halls: Callable[..., Hall]) -> None
     faces.free.set()
     numbers = range(2, 9)
 
-    def edit(number: int) -> Callable[[], Steps[list[int]]]:
-        def steps() -> Steps[list[int]]:
-            photo = yield from ask(photos.operation, [number])
-            return (yield from ask(faces.operation, photo))
-
-        return steps
-
     with ThreadPoolExecutor(1) as executor:
         worker = Worker(100, Metrics("test"), max_batch=8)
         worker.passes_at_once(executor, 1)
-        futures = [worker.submit_steps(None, edit(number)) for number in numbers]
+        futures = [worker.submit_steps(None, through(photos, faces, number)) for number in numbers]
         photos.wait_for()  # the first is being read while the others come
         photos.free.set()
         assert [future.result(10) for future in futures] == [[n] for n in numbers]

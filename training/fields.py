@@ -43,12 +43,11 @@ from channel_sim.channel import Channel, ChannelConfig
 from shared.adapters import Adapters
 from shared.attributes import ATTRIBUTES, MAX_DEGREE, Attribute, Edit
 from shared.bundle import Bundle, write_net
-from shared.errors import InvalidRequest
 from shared.stylegan2 import Generator, to_sphere
 from training.augment import jitter_geometry
 from training.data import FaceSet, load_faces
 from training.nature import observe
-from training.run import Run, RunOptions
+from training.run import Run, RunOptions, digest_of, require
 from training.teachers import FaceIdentity
 from transmitter.editing import MatchLimits, match
 from transmitter.fields import Fields, FieldsConfig, turn
@@ -140,11 +139,7 @@ class Nets:
 def open_nets(options: RunOptions, device: torch.device) -> Nets:
     """The bundle's nets, frozen, on the device; InvalidRequest names the first one missing."""
     bundle = Bundle.open(options.bundle)
-    for net in ("generator", "inversion", "predictor"):
-        if not bundle.has(net):
-            raise InvalidRequest(
-                f"training fields needs {net!r} in {bundle.folder}: train it first"
-            )
+    require(bundle, ("generator", "inversion", "predictor"), NAME)
     known = (options.data / "nets" / "edgeface_xs.torchscript.pt").is_file()
     return Nets(
         Generator.from_bundle(bundle).to(device),
@@ -229,18 +224,9 @@ def train(options: RunOptions, *, recipe: FieldsRecipe | None = None) -> None:
     recipe = FieldsRecipe() if recipe is None else recipe
     nets = open_nets(options, options.torch_device())
     with Run(NAME, options) as run:
-        state = run.restore()
-        made_of = Bundle.open(options.bundle, verify=False)
-        digest = "".join(
-            made_of.index["nets"][n]["sha256"][:8]
-            for n in ("generator", "inversion", "predictor", *OPINIONS, "adapters")
-            if made_of.has(n)
-        )
-        if state is not None and state["digest"] != digest:
-            raise InvalidRequest(
-                f"{run.folder} belongs to nets {state['digest']}, the bundle now has {digest}: "
-                "start anew with --fresh"
-            )
+        made_of = ("generator", "inversion", "predictor", *OPINIONS, "adapters")
+        digest = digest_of(Bundle.open(options.bundle, verify=False), made_of)
+        state = run.restore(digest)
         init = torch.Generator().manual_seed(options.seed)
         fields = Fields(FieldsConfig(depth=recipe.depth, step_rad=recipe.step_rad), init).to(
             run.device

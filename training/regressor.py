@@ -29,7 +29,7 @@ from shared.compute import in_precision, multiplying_in, precision_of
 from shared.errors import InvalidRequest
 from shared.stylegan2 import Generator
 from training.data import FaceSet, load_faces
-from training.run import Run, RunOptions
+from training.run import Run, RunOptions, digest_of, require
 from transmitter.editing import LIMITS, Matching, Sight, Stretch, arrival_of
 from transmitter.fields import Fields
 from transmitter.inversion import InversionEncoder
@@ -104,27 +104,18 @@ def open_nets(options: RunOptions, device: torch.device) -> tuple[Nets, str]:
     """The bundle's nets on the device, and their digest; InvalidRequest names one missing."""
     bundle = Bundle.open(options.bundle)
     needed = ("generator", "inversion", "predictor", "fields")
-    for net in needed:
-        if not bundle.has(net):
-            raise InvalidRequest(
-                f"training regressor needs {net!r} in {bundle.folder}: train it first"
-            )
+    require(bundle, needed, NET)
     guide = Opinions.from_bundle(bundle).to(device)
     generator, fields = Generator.from_bundle(bundle).to(device), Fields.from_bundle(bundle)
     matching = Matching.of(generator, fields.to(device), guide)
     look = in_precision(matching.look, precision_of("auto", device), device)
-    digest = "".join(
-        bundle.index["nets"][net]["sha256"][:8]
-        for net in (*needed, *OPINIONS, "adapters")
-        if bundle.has(net)
-    )
     nets = Nets(
         InversionEncoder.from_bundle(bundle).to(device),
         guide,
         Adapters.from_bundle(bundle).to(device),
         replace(matching, look=look),
     )
-    return nets, digest
+    return nets, digest_of(bundle, (*needed, *OPINIONS, "adapters"))
 
 
 @torch.no_grad()
@@ -217,14 +208,9 @@ def train(options: RunOptions, *, recipe: RegressorRecipe | None = None) -> None
     recipe = RegressorRecipe() if recipe is None else recipe
     nets, digest = open_nets(options, options.torch_device())
     with Run(NET, options) as run:
-        state = run.restore()
+        state = run.restore(digest)
         parts: list[Walked] = []
         if state is not None:
-            if state["digest"] != digest:
-                raise InvalidRequest(
-                    f"{run.folder} belongs to nets {state['digest']}, the bundle now has {digest}: "
-                    "start anew with --fresh"
-                )
             parts = [Walked(*(state[key] for key in Walked.__dataclass_fields__))]
         faces = load_faces(options.data, "train")
 

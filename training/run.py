@@ -17,7 +17,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shared.bundle import default_folder
+from shared.bundle import Bundle, default_folder
 from shared.errors import InvalidRequest
 from shared.images import encode_png
 
@@ -140,8 +140,12 @@ class Run:
         self._due[what] = now
         return True
 
-    def restore(self) -> State | None:
-        """The last checkpoint's state, with the global random state put back; None at a start."""
+    def restore(self, digest: str | None = None) -> State | None:
+        """The last checkpoint's state, with the global random state put back; None at a start.
+
+        digest: of the nets that the run is about (`digest_of`), which its state keeps under that
+        name. Raises InvalidRequest for a checkpoint of another seed or of other nets.
+        """
         path = self.folder / "state.pt"
         if self.options.fresh or not path.is_file():
             return None
@@ -151,6 +155,11 @@ class Run:
             raise InvalidRequest(
                 f"{path} was begun with seed {meta['seed']}, got seed {self.options.seed}: "
                 "use the same seed, or --fresh"
+            )
+        if digest is not None and state["digest"] != digest:
+            raise InvalidRequest(
+                f"{self.folder} belongs to nets {state['digest']}, the bundle now has {digest}: "
+                "start anew with --fresh"
             )
         self.step, self.images = int(meta["step"]), int(meta["images"])
         self._seconds_before = float(meta["seconds"])
@@ -219,6 +228,20 @@ class Run:
             "torch": torch.__version__.split("+")[0],
             **extra,
         }
+
+
+def require(bundle: Bundle, nets: Sequence[str], recipe: str) -> None:
+    """Raise InvalidRequest, naming it, for the first of the nets that the bundle does not have."""
+    for net in nets:
+        if not bundle.has(net):
+            raise InvalidRequest(
+                f"training {recipe} needs {net!r} in {bundle.folder}: train it first"
+            )
+
+
+def digest_of(bundle: Bundle, nets: Sequence[str]) -> str:
+    """Which of these nets the bundle has, told by their hashes; those it lacks do not count."""
+    return "".join(bundle.index["nets"][net]["sha256"][:8] for net in nets if bundle.has(net))
 
 
 def commit() -> str:

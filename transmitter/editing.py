@@ -302,6 +302,15 @@ def matching(
     )
 
 
+def aim_of(cuts: Sequence[float], degree: int) -> float:
+    """The score to aim at for a degree: its interval's middle, 1.5 beyond the outermost cuts."""
+    if degree == 0:
+        return cuts[0] - 1.5
+    if degree == len(cuts):
+        return cuts[-1] + 1.5
+    return (cuts[degree - 1] + cuts[degree]) / 2
+
+
 def arrival_of(encoder: ChannelEncoder, decoder: ChannelDecoder, snr_db: float) -> Arrival:
     """How latents arrive on average at this SNR: coded and decoded, without the noise.
 
@@ -354,13 +363,7 @@ class _Walk:
         self.expected = expected
         self.low = cuts[expected - 1] if expected > 0 else -math.inf
         self.high = cuts[expected] if expected < len(cuts) else math.inf
-        # The interval's middle; 1.5 beyond the cut for the outermost ones.
-        if math.isinf(self.low):
-            self.aim = self.high - 1.5
-        elif math.isinf(self.high):
-            self.aim = self.low + 1.5
-        else:
-            self.aim = (self.low + self.high) / 2
+        self.aim = aim_of(cuts, expected)
         self.sign = 1 if self.seen[0] < self.low else -1
         self._worth = self._rank(0)
 
