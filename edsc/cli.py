@@ -300,7 +300,7 @@ def evaluate(
     write: Annotated[
         bool, typer.Option("--write", help="link, bundle: scores and model card into the bundle")
     ] = False,
-    edited: Annotated[int, typer.Option(min=1, help="bundle: of them, faces to edit")] = 60,
+    edited: Annotated[int, typer.Option(min=1, help="bundle: of them, faces to edit")] = 200,
     samples: Annotated[int, typer.Option(min=2, help="bundle: sampled faces")] = 5000,
     quality: Annotated[
         Quality | None, typer.Option(help="of inversion and edits; bundle: fast, paper: balanced")

@@ -67,7 +67,7 @@ class SuiteOptions:
     """
 
     limit: int | None = None
-    edited: int = 60
+    edited: int = 200
     samples: int = 5000
     trained_on: int | None = None
     quality: Quality = "fast"

@@ -398,7 +398,14 @@ def test_load_on_four_real_processes(random_bundle: Path, tmp_path: Path) -> Non
     photos.mkdir()
     for size in (48, 64):
         (photos / f"{size}.png").write_bytes(encoded(size))
-    settings = Settings(weights=random_bundle, threads=1, queue_size=4, log_level="warning")
+    settings = Settings(
+        weights=random_bundle,
+        threads=1,
+        queue_size=4,
+        log_level="warning",
+        # Random nets draw the same face 50 dB apart in passes of one and of two in bfloat16.
+        precision="float32",
+    )
     mix = Mix(
         read_photos(photos),
         ("-", "add bangs"),
@@ -425,7 +432,7 @@ def test_load_on_four_real_processes(random_bundle: Path, tmp_path: Path) -> Non
     assert set(storm.rejected) <= {"429 busy"}
     assert storm.ok + storm.rejected.get("429 busy", 0) == storm.arrivals
     assert sum(at.pairs for at in report.quality) == 10
-    assert report.same_quality is True
+    assert report.same_quality is True, "".join(f"\n{at}" for at in report.quality)
     assert report.baseline_failures == ()
     write_report(report, tmp_path / "report")
 

@@ -9,6 +9,7 @@ begins can be computed.
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -410,6 +411,33 @@ def test_unreachable_says_so_and_returns_the_nearest(limits: str) -> None:
     assert short.steps == 10
     # sqrt(512) sin(0.2) = 4.5; the paper's steps are 0.46 of that long: 2.1
     assert int(short.after[1]) == (1 if limits == "paper" else 2)
+
+
+class Restless(Reader):
+    """P in passes that others share: each look's scores are off by thousandths."""
+
+    def __init__(self, *off: float) -> None:
+        super().__init__()
+        self._off = cycle(off)
+
+    def steady_scores(self, image: Tensor) -> Tensor:
+        return super().steady_scores(image) + next(self._off)
+
+
+@pytest.mark.parametrize("limits", ["fast", "balanced", "paper"])
+@pytest.mark.parametrize("off", [(0.0, 0.004), (0.0, -0.004), (0.003, -0.003)])
+def test_who_shares_a_pass_does_not_decide_which_step_is_sent(
+    limits: str, off: tuple[float, float]
+) -> None:
+    found = match(
+        start(),
+        Edit(Attribute.BEARD, change=2),
+        generator=Mirror(),
+        fields=toy_fields(torch.eye(512)[6:11]),  # no step moves a score
+        predictor=Restless(*off),
+        limits=LIMITS[limits],
+    )
+    assert (found.steps, found.reached) == (0, False)
 
 
 def test_cancelled_stops() -> None:

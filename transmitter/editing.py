@@ -69,7 +69,7 @@ class MatchLimits:
 
 LIMITS: Mapping[str, MatchLimits] = MappingProxyType(
     {
-        "fast": MatchLimits(max_steps=46, looks=4),
+        "fast": MatchLimits(max_steps=40, looks=4),
         "balanced": MatchLimits(max_steps=46, looks=12, near=0.05),
         "paper": MatchLimits(max_steps=100, looks=None, stride=0.46, straight=1),
     }
@@ -150,6 +150,7 @@ class Stretch:
 
 
 _POST = 4  # steps
+_ALIKE = 0.05  # of a score: degrees are 2 wide
 _BEND = 4.0  # how many times faster or slower than foreseen a score may turn out to move
 
 
@@ -355,7 +356,7 @@ class _Walk:
         self.sign, self.expected = 1, 0
         self.low = self.high = self.aim = 0.0
         self.best, self.image = 0, w  # until the first look
-        self._worth = (0, 0.0, 0)
+        self._worth = (False, 0.0)
 
     def head_for(self, expected: int) -> None:
         """Set the degree to reach: its interval of the score, and the way to walk."""
@@ -377,7 +378,7 @@ class _Walk:
         self.scores[step], self.seen[step] = look.scores, float(look.scores[self.index])
         if step == 0:
             self.image = look.image
-        elif (worth := self._rank(step)) > self._worth:
+        elif self._beats(worth := self._rank(step)):
             self.best, self.image, self._worth = step, look.image, worth
 
     def _walk_to(self, step: int) -> Steps[None]:
@@ -424,14 +425,16 @@ class _Walk:
             faster = self.sign * (self.seen[near] - self.seen[0]) / self.foreseen[near]
         return self.seen[near] + self.sign * min(max(faster, 1 / _BEND), _BEND) * move
 
-    def _rank(self, step: int) -> tuple[int, float, int]:
-        """At the target by nearness to the aim, before all that are not; the earlier first.
+    def _rank(self, step: int) -> tuple[bool, float]:
+        """Whether it is at the target, and how far from the aim; or how far from the target."""
+        there = self.at_target(step)
+        return there, self.off(step) if there else self.lacks(step)
 
-        In thousandths: a batch's rounding must not decide between steps that are alike.
-        """
-        if self.at_target(step):
-            return 1, -round(self.off(step), 3), -step
-        return 0, -round(self.lacks(step), 3), -step
+    def _beats(self, rank: tuple[bool, float]) -> bool:
+        """Is it worth more than the best so far? Not by a hair: who shares the pass of a picture
+        moves its scores by thousandths, and must not decide what is sent."""
+        (there, far), (best_there, best_far) = rank, self._worth
+        return far < best_far - _ALIKE if there == best_there else there
 
     def degrees(self, step: int) -> Tensor:
         return self.judge.score_degrees(self.scores[step][None])[0]
