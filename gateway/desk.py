@@ -2,7 +2,7 @@
 
 ::
 
-    POST --> busy? --> accept (photo and row are on disk) --> run: link, mark, keep --> done
+    POST --> busy? --> accept (photo and row are kept) --> run: link, mark, keep --> done
                           |                                     |
                           |  same Idempotency-Key: join it      '-- failed; run again on request
                           |-- Prefer: respond-async: 202 here
@@ -217,7 +217,7 @@ class Desk:
         return await self._elsewhere(taken)
 
     async def submit(self, asked: Asked) -> Entry:
-        """Take an edit in; when this returns, it is on disk and will be run."""
+        """Take an edit in; when this returns, it is kept and will be run."""
         taken = await self._take(asked, None)
         if isinstance(taken, StoredEdit):
             return await self.store.entry(taken.answer.id)

@@ -108,7 +108,7 @@ class Files:
         try:
             if self._local:  # without the driver, which takes twice as long over it
                 folder = Path(self._path(edit_id))
-                folder.mkdir(exist_ok=True)
+                folder.mkdir(parents=True, exist_ok=True)
                 for name, data in files.items():
                     (folder / name).write_bytes(data)
                 return

@@ -69,6 +69,7 @@ class MatchLimits:
 
 LIMITS: Mapping[str, MatchLimits] = MappingProxyType(
     {
+        # The last steps of a long walk cost the person more than they add to the degree.
         "fast": MatchLimits(max_steps=40, looks=4),
         "balanced": MatchLimits(max_steps=46, looks=12, near=0.05),
         "paper": MatchLimits(max_steps=100, looks=None, stride=0.46, straight=1),
