@@ -76,14 +76,16 @@ def with_texts(png: bytes, texts: Mapping[str, str]) -> bytes:
 
     Raises EdscError for what is no whole PNG.
     """
-    said = b"".join(
-        # Keyword, null, compression flag and method, language, null, translation, null.
-        _chunk(b"iTXt", keyword.encode("latin-1") + b"\0\0\0\0\0" + text.encode())
-        for keyword, text in texts.items()
-    )
-    lengths = [12 + len(data) for _kind, data in chunks(png)]  # each one checked
-    head = len(SIGNATURE) + sum(lengths[:1])  # IHDR is the first
-    return png[:head] + said + png[head:]
+    parts = [SIGNATURE]
+    for kind, data in chunks(png):
+        parts.append(_chunk(kind, data))
+        if kind == b"IHDR":
+            parts += [
+                # Keyword, null, compression flag and method, language, null, translation, null.
+                _chunk(b"iTXt", keyword.encode("latin-1") + b"\0\0\0\0\0" + text.encode())
+                for keyword, text in texts.items()
+            ]
+    return b"".join(parts)
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:

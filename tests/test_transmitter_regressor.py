@@ -6,13 +6,7 @@ import pytest
 from torch import Tensor
 
 from shared.attributes import Attribute, Edit
-from tests.test_transmitter_editing import (
-    Mirror,
-    Reader,
-    halved,
-    start,
-    toy_fields,
-)
+from tests.test_transmitter_editing import Mirror, Reader, halved, start, toy_fields
 from transmitter.editing import LIMITS, MatchLimits, match
 from transmitter.regressor import Regressor, RegressorConfig
 
@@ -35,7 +29,7 @@ def test_what_is_foreseen_rightly_is_looked_at_once(
     degree: int, arrival: Callable[[Tensor], Tensor] | None
 ) -> None:
     """The first look is at the face, the second where the regressor says, and that is the last;
-    it is told what arrives, and not the steps that the sweep skips."""
+    it is told what arrives, and of some steps only."""
     seer = Seer(1.0)
     found = match(
         start(),

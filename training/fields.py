@@ -49,7 +49,7 @@ from training.data import FaceSet, load_faces
 from training.nature import observe
 from training.run import Run, RunOptions, digest_of, require
 from training.teachers import FaceIdentity
-from transmitter.editing import MatchLimits, match
+from transmitter.editing import MatchLimits, aim_of, match
 from transmitter.fields import Fields, FieldsConfig, turn
 from transmitter.inversion import InversionEncoder
 from transmitter.opinions import OPINIONS, Opinions
@@ -315,13 +315,9 @@ def train(options: RunOptions, *, recipe: FieldsRecipe | None = None) -> None:
 
 
 def aims(cuts: Tensor, degree: Tensor) -> Tensor:
-    """The scores [B] to aim at for degrees [B], by cut points [B,5]: an interval's middle, 1.5
-    beyond the cut of the outermost ones.
-    """
-    low = cuts.gather(1, (degree - 1).clamp(min=0)[:, None])[:, 0]
-    high = cuts.gather(1, degree.clamp(max=MAX_DEGREE - 1)[:, None])[:, 0]
-    middle = torch.where(degree == 0, high - 1.5, (low + high) / 2)
-    return torch.where(degree == MAX_DEGREE, low + 1.5, middle)
+    """The scores [B] that walks aim at for degrees [B], by cut points [B,5] (`aim_of`)."""
+    pairs = zip(cuts.tolist(), degree.tolist(), strict=True)
+    return cuts.new_tensor([aim_of(row, each) for row, each in pairs])
 
 
 def walk_losses(

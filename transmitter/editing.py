@@ -357,7 +357,6 @@ class _Walk:
         self.sign, self.expected = 1, 0
         self.low = self.high = self.aim = 0.0
         self.best, self.image = 0, w  # until the first look
-        self._worth = (False, 0.0)
 
     def head_for(self, expected: int) -> None:
         """Set the degree to reach: its interval of the score, and the way to walk."""
@@ -367,7 +366,6 @@ class _Walk:
         self.high = cuts[expected] if expected < len(cuts) else math.inf
         self.aim = aim_of(cuts, expected)
         self.sign = 1 if self.seen[0] < self.low else -1
-        self._worth = self._rank(0)
 
     def look(self, step: int) -> Steps[None]:
         """Draw the step's face and judge it."""
@@ -379,8 +377,8 @@ class _Walk:
         self.scores[step], self.seen[step] = look.scores, float(look.scores[self.index])
         if step == 0:
             self.image = look.image
-        elif self._beats(worth := self._rank(step)):
-            self.best, self.image, self._worth = step, look.image, worth
+        elif self._beats_best(step):
+            self.best, self.image = step, look.image
 
     def _walk_to(self, step: int) -> Steps[None]:
         if (missing := step + 1 - len(self.path)) > 0:
@@ -431,10 +429,10 @@ class _Walk:
         there = self.at_target(step)
         return there, self.off(step) if there else self.lacks(step)
 
-    def _beats(self, rank: tuple[bool, float]) -> bool:
+    def _beats_best(self, step: int) -> bool:
         """Is it worth more than the best so far? Not by a hair: who shares the pass of a picture
         moves its scores by thousandths, and must not decide what is sent."""
-        (there, far), (best_there, best_far) = rank, self._worth
+        (there, far), (best_there, best_far) = self._rank(step), self._rank(self.best)
         return far < best_far - _ALIKE if there == best_there else there
 
     def degrees(self, step: int) -> Tensor:
